@@ -183,8 +183,9 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         if name not in gym.registry:
             near = difflib.get_close_matches(name, gym.registry, 4, 0.4)
             fail(f"--env {env_id} is unknown; the nearest ids are: {', '.join(near) or 'none'}.")
-        env = gym.make(name, render_mode=render_mode, disable_env_checker=True)
-    except (ImportError, gym.error.Error) as error:
+        render = {"render_mode": render_mode} if render_mode else {}  # an environment need not know the word
+        env = gym.make(name, disable_env_checker=True, **render)
+    except Exception as error:
         fail(f"--env {env_id} cannot be made; {type(error).__name__} says: {error}")
     if isinstance(env.unwrapped, NESEnv):
         env = JoypadSpace(env, SIMPLE_MOVEMENT)

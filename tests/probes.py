@@ -1,0 +1,175 @@
+"""Environments with known answers. `--env probes:Id-v0` makes each script meet them as it meets any other."""
+
+import gymnasium as gym
+import numpy as np
+
+DISCRETE = gym.spaces.Discrete(2)
+
+
+class Constant(gym.Env):
+    """Reward 1 at every step, one observation, for ever: V = 1 / (1 - gamma). The time limit only cuts it."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (1,), np.float32), DISCRETE
+    terminates_after = None
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        return np.zeros(1, np.float32), 1.0, self.steps == self.terminates_after, False, {}
+
+
+class OneStep(Constant):
+    """Reward 1, then the end: V = 1."""
+
+    terminates_after = 1
+
+
+class Delayed(gym.Env):
+    """Observation 0, then 1; the second step pays 1 and ends: V(1) = 1, V(0) = gamma."""
+
+    observation_space, action_space = gym.spaces.Box(0, 1, (1,), np.float32), DISCRETE
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        return np.ones(1, np.float32), float(self.steps == 2), self.steps == 2, False, {}
+
+
+class Copycat(gym.Env):
+    """One step; reward 1 where the action is the observation, else -1: V = 1 for a policy that looks."""
+
+    observation_space, action_space = gym.spaces.Box(0, 1, (1,), np.float32), DISCRETE
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.bit = int(self.np_random.integers(2))
+        return np.full(1, self.bit, np.float32), {}
+
+    def step(self, action):
+        return np.full(1, self.bit, np.float32), 1.0 if action == self.bit else -1.0, True, False, {}
+
+
+class Diary(gym.Env):
+    """The observation is (episode, step). Episode e lasts 2 + e % 5 steps; odd ones terminate, even ones are cut."""
+
+    observation_space, action_space = gym.spaces.Box(0, np.inf, (2,), np.float32), DISCRETE
+
+    episode = -1
+
+    def obs(self):
+        return np.array([self.episode, self.steps], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode += 1
+        self.steps = 0
+        return self.obs(), {}
+
+    def step(self, action):
+        self.steps += 1
+        over, odd = self.steps == 2 + self.episode % 5, self.episode % 2 == 1
+        return self.obs(), self.episode + self.steps / 100, over and odd, over and not odd, {}
+
+
+class Clockwork(Diary):
+    """Every episode lasts 8 steps and looks the same, whatever the seed; the reward depends on the action."""
+
+    def obs(self):
+        return np.array([0, self.steps], np.float32)
+
+    def step(self, action):
+        self.steps += 1
+        return self.obs(), float(action == self.steps % 2), self.steps == 8, False, {}
+
+
+class Screen(gym.Env):
+    """An image whose every pixel is the number of frames shown, always in the same memory; 60 frames an episode."""
+
+    observation_space, action_space = gym.spaces.Box(0, 255, (96, 96, 3), np.uint8), DISCRETE
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 60}  # noqa: RUF012
+
+    def __init__(self, render_mode=None):
+        self.render_mode, self.screen = render_mode, np.zeros((96, 96, 3), np.uint8)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.screen[:] = 0
+        return self.screen, {}
+
+    def step(self, action):
+        self.screen += 1
+        return self.screen, 1.0, bool(self.screen[0, 0, 0] == 60), False, {}
+
+    def render(self):
+        return self.screen
+
+
+class TwoLengths(gym.Env):
+    """An episode lasts 1 or 40 steps, with the same probability: 20.5 on average."""
+
+    observation_space, action_space = gym.spaces.Box(0, 1, (1,), np.float32), DISCRETE
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = 1 if self.np_random.random() < 0.5 else 40
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.left -= 1
+        return np.zeros(1, np.float32), 1.0, self.left == 0, False, {}
+
+
+class Breaks(Constant):
+    """Raises at its 100th step."""
+
+    def step(self, action):
+        if self.steps == 99:
+            raise OSError("the joystick is gone")
+        return super().step(action)
+
+
+class NotANumber(Constant):
+    """Pays NaN from its 100th step on."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs, reward if self.steps < 100 else np.nan, terminated, truncated, info
+
+
+class Both(Constant):
+    """Terminates at step 5, where the time limit falls too."""
+
+    terminates_after = 5
+
+
+class BoxActions(Constant):
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+
+class DictObs(Constant):
+    observation_space = gym.spaces.Dict({"x": gym.spaces.Box(-1, 1, (1,), np.float32)})
+
+
+class FromOne(Constant):
+    """Actions 1 and 2, not 0 and 1."""
+
+    action_space = gym.spaces.Discrete(2, start=1)
+
+    def step(self, action):
+        assert action in (1, 2), action
+        return super().step(action)
+
+
+for probe, limit in {
+    Constant: 5, OneStep: None, Delayed: None, Copycat: None, Diary: None, Clockwork: None, Screen: None,
+    TwoLengths: None, Breaks: 200, NotANumber: 200, Both: 5, BoxActions: 5, DictObs: 5, FromOne: 5,
+}.items():  # fmt: skip
+    gym.register(f"{probe.__name__}-v0", entry_point=probe, max_episode_steps=limit)

@@ -1,0 +1,328 @@
+"""What a user meets: flags, files, mistakes, interruptions. Every test runs on every script."""
+
+import importlib
+import itertools
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ENVIRON, ROOT, SCRIPTS, SHORT, metrics, start, weights
+
+TINY = [*SHORT, "--total-timesteps", "64"]
+
+
+# ---- outputs
+
+
+def test_a_run_leaves_what_design_promises(script, call, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert call(script, *TINY, "--run-dir", run, "--seed", 5) == 0
+    assert {path.name for path in run.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.pt", "best.pt"}
+    config = json.loads((run / "config.json").read_text())
+    assert config["seed"] == 5 and config["script"] == script.SCRIPT and config["device"]
+    assert {"torch", "gymnasium", "gym-super-mario-bros", "numpy"} == set(config["versions"])
+    assert set(vars(script.Args())) <= set(config)
+    rows = metrics(run)
+    assert all({"global_step", "time"} <= set(row) for row in rows)
+    assert [row["global_step"] for row in rows] == sorted(row["global_step"] for row in rows)
+    keys = {key for row in rows for key in row}
+    assert {"charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/learning_rate"} <= keys
+    assert {"eval/return_mean", "eval/return_std", "eval/episodes"} <= keys
+    assert any(key.startswith("losses/") for key in keys)
+    last_lines = capsys.readouterr().out.splitlines()[-2:]
+    assert str(run) in last_lines[0] and "finished" in last_lines[0]
+    assert f"--evaluate {run / 'best.pt'} --capture-video" in last_lines[1]
+
+
+def test_default_run_dir_tells_env_script_seed(script, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(script, *TINY, "--seed", 3) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith(f"probes-Clockwork-v0__{script.SCRIPT}__3__")
+
+
+def test_progress_lines_without_a_terminal(script, call, tmp_path, capsys, monkeypatch):
+    clock = iter(range(0, 10**6, 3))
+    monkeypatch.setattr(script.time, "time", lambda: float(next(clock)))
+    call(script, *TINY, "--run-dir", tmp_path / "run")
+    lines = [line for line in capsys.readouterr().out.splitlines() if " of 64 steps" in line]
+    assert len(lines) > 5 and all("steps/s" in line for line in lines)
+    assert sum("return" in line for line in lines) > len(lines) / 2  # as soon as an episode has ended
+
+
+def test_mario_figures_and_a_video_in_which_things_move(script, call, tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = "--num-envs 2 --num-steps 64 --num-minibatches 1 --total-timesteps 128 --eval-episodes 2".split()
+    assert call(script, *flags, "--capture-video", "--run-dir", run) == 0
+    evaluation = [row for row in metrics(run) if "eval/episodes" in row][-1]
+    assert 0 <= evaluation["eval/flag_rate"] <= 1 and 40 < evaluation["eval/x_pos_mean"] < 3200
+    assert call(script, "--evaluate", run / "best.pt", "--capture-video") == 0
+    told = capsys.readouterr().out.splitlines()[-2]
+    assert all(word in told for word in ("2 episodes", "return", "flag", "x", "+-"))
+    for name in ("128", "best"):
+        assert moves(run / "videos" / f"{name}.mp4")
+
+
+def moves(path):
+    from moviepy import VideoFileClip
+
+    with VideoFileClip(str(path)) as clip:
+        assert clip.size == [256, 240] and clip.fps == 15
+        frames = [frame.astype(int) for frame in clip.iter_frames()]
+    changed = [np.abs(a - b).max() > 40 for a, b in itertools.pairwise(frames)]
+    return len(frames) > 20 and np.mean(changed) > 0.8
+
+
+def test_every_tracked_number_is_in_the_file(script, call, tmp_path, monkeypatch):
+    logged, asked = [], {}
+    run = types.SimpleNamespace(log=logged.append, finish=lambda: asked.update(finished=True), id="abc")
+    run.define_metric = lambda *_, **__: None
+    fake = types.SimpleNamespace(
+        init=lambda **flags: asked.update(flags) or run, api=types.SimpleNamespace(api_key=None)
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))
+    assert call(script, *TINY, "--track", "--wandb-project-name", "p", "--run-dir", tmp_path / "run") == 0
+    assert logged == metrics(tmp_path / "run") and logged
+    assert (
+        asked["project"] == "p" and asked["mode"] == "offline" and asked["finished"]
+    )  # no key, no terminal: no question
+    assert asked["config"]["env"] == "probes:Clockwork-v0"
+
+
+def test_tracking_offline_with_the_real_wandb(script, tmp_path):
+    process = start(script.SCRIPT, *TINY, "--track", "--run-dir", "run", cwd=tmp_path, WANDB_MODE="offline")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    (file,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
+    steps = []
+    for data in wandb_records(file.read_bytes()):
+        record = importlib.import_module("wandb.proto.wandb_internal_pb2").Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = {item.nested_key[0] if item.nested_key else item.key: item for item in record.history.item}
+            steps.append({key: json.loads(item.value_json) for key, item in items.items() if key[0] != "_"})
+    assert steps == metrics(tmp_path / "run")
+
+
+def wandb_records(data):
+    """The records of a .wandb file: LevelDB's log format (32 KiB blocks of crc, length, kind, bytes) behind 7 bytes."""
+    position, record = 7, b""
+    while position + 7 <= len(data):
+        room = 32768 - position % 32768
+        if room < 7:
+            position += room
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+def test_wandb_and_moviepy_are_imported_only_when_asked_for(script, tmp_path):
+    code = f"import sys, {script.SCRIPT} as s; sys.argv[1:] = {[*TINY, '--run-dir', str(tmp_path / 'run')]}\n"
+    code += "try: s.main()\nexcept SystemExit: pass\nprint([m for m in ('wandb', 'moviepy') if m in sys.modules])"
+    env = {**ENVIRON, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr
+    assert result.stderr == ""  # no warning either
+
+
+def test_cuda_flag_without_a_device(script, call, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert call(script, *TINY, "--cuda", "--run-dir", tmp_path / "a") == 0
+    assert "no CUDA device" in capsys.readouterr().out
+
+
+# ---- mistakes: exit code 2, one sentence, nothing written
+
+
+MISTAKES = {
+    "--num-envs 0": "--num-envs 0 cannot work",
+    "--num-envs -3": "--num-envs -3 cannot work",
+    "--num-threads -1": "--num-threads -1 cannot work",
+    "--total-timesteps -5": "at least the batch",
+    "--total-timesteps 31": "--total-timesteps 31 cannot work; it must be at least the batch",
+    "--learning-rate 0": "--learning-rate 0.0 cannot work",
+    "--learning-rate nan": "--learning-rate nan cannot work",
+    "--learning-rate inf": "--learning-rate inf cannot work",
+    "--gamma 1.5": "--gamma 1.5 cannot work; it must be from 0 to 1",
+    "--seed -1": "--seed -1 cannot work",
+    "--eval-episodes 0": "--eval-episodes 0 cannot work",
+    "--eval-every -1": "--eval-every -1 cannot work",
+    "--save-every -1": "--save-every -1 cannot work",
+    "--env CartPol-v1": "the nearest ids are: CartPole-v1",
+    "--env SuperMarioBros-9-1-v0": "SuperMarioBros-8-1-v0",
+    "--env no.such.module:Thing-v0": "No module named 'no'",
+    "--env probes:Nothing-v0": "--env probes:Nothing-v0 is unknown",
+    "--env probes:DictObs-v0": "needs a Box space",
+    "--resume nowhere": "There is no checkpoint nowhere",
+    "--evaluate nothing.pt": "There is no checkpoint nothing.pt",
+}
+PPO_MISTAKES = {
+    "--env probes:BoxActions-v0": "ppo.py needs a Discrete space",
+    "--num-steps 0": "--num-steps 0 cannot work",
+    "--num-minibatches 0": "--num-minibatches 0 cannot work",
+    "--num-minibatches 5": "--num-minibatches 5 cannot work; it must divide the batch of --num-envs x --num-steps = 32",
+    "--update-epochs 0": "--update-epochs 0 cannot work",
+    "--gae-lambda -0.1": "--gae-lambda -0.1 cannot work",
+    "--clip-coef 0": "--clip-coef 0.0 cannot work",
+    "--ent-coef -1": "--ent-coef -1.0 cannot work",
+    "--vf-coef nan": "--vf-coef nan cannot work",
+    "--max-grad-norm 0": "--max-grad-norm 0.0 cannot work",
+    "--target-kl -1": "--target-kl -1.0 cannot work",
+}
+CASES = [(name, *case) for name in SCRIPTS for case in (MISTAKES | (PPO_MISTAKES if name == "ppo" else {})).items()]
+
+
+@pytest.mark.parametrize("name, flags, sentence", CASES)
+def test_mistakes_get_one_sentence(name, flags, sentence, call, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(__import__(name), *TINY, *flags.split()) == 2
+    err = capsys.readouterr().err
+    assert sentence in err and len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_has_no_traceback(tmp_path):
+    for name in SCRIPTS:
+        for flags in (["--num-envs", "many"], ["--no-such-flag"], ["--env", "Mario"]):
+            process = start(name, *flags, cwd=tmp_path)
+            out, err = process.communicate(timeout=60)
+            assert process.returncode == 2 and "Traceback" not in out + err
+
+
+def test_checkpoints_that_do_not_fit(script, call, tmp_path, capsys):
+    run = tmp_path / "run"
+    call(script, *TINY, "--run-dir", run)
+    (tmp_path / "torn.pt").write_bytes((run / "best.pt").read_bytes()[:2000])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    other = torch.load(run / "best.pt", weights_only=True) | {"script": "dreamerv2"}
+    torch.save(other, tmp_path / "other.pt")
+    cases = {
+        ("--evaluate", run / "best.pt", "--env", "CartPole-v1"): "does not fit the checkpoint",
+        ("--resume", run, "--env", "CartPole-v1"): "does not fit the checkpoint",
+        ("--resume", run, "--num-envs", 4): "--num-envs 4 does not fit the checkpoint, which is of --num-envs 2",
+        ("--resume", run): "is complete; --total-timesteps beyond 64",
+        ("--run-dir", run, *TINY): "holds a run already",
+        ("--evaluate", tmp_path / "torn.pt"): "cannot be read as a checkpoint",
+        ("--evaluate", tmp_path / "empty.pt"): "cannot be read as a checkpoint",
+        ("--evaluate", tmp_path / "other.pt"): "is a checkpoint of dreamerv2.py",
+    }
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    capsys.readouterr()
+    for flags, sentence in cases.items():
+        assert call(script, *flags) == 2
+        err = capsys.readouterr().err
+        assert sentence in err and len(err.splitlines()) == 1
+    assert before == {path: path.read_bytes() for path in run.iterdir()}
+
+
+class Stranger:
+    def __reduce__(self):
+        return Path.touch, (Path("touched"),)
+
+
+def test_a_strangers_file_cannot_run_code(script, call, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"script": script.SCRIPT, "args": Stranger()}, "evil.pt")
+    assert call(script, "--evaluate", "evil.pt") == 2
+    assert "cannot be read as a checkpoint" in capsys.readouterr().err
+    assert not Path("touched").exists()
+    torch.load("evil.pt", weights_only=False)
+    assert Path("touched").exists()  # the file does run code where a script is careless
+
+
+# ---- runs that end early
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_say_how_to_go_on(script, number, tmp_path):
+    flags = [*SHORT, "--total-timesteps", "10000000", "--save-every", "0"]
+    process = start(script.SCRIPT, *flags, "--run-dir", "run", cwd=tmp_path)
+    wait_for(process, lambda: len(metrics_so_far(tmp_path / "run")) > 50)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + number and err == ""
+    assert "The run stopped; all is kept in run as of step" in out and "--resume run" in out
+    step = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["global_step"]
+    assert step > 0 and f"as of step {step:,}" in out
+    again = start(script.SCRIPT, "--resume", "run", "--total-timesteps", str(step + 64), cwd=tmp_path)
+    out, err = again.communicate(timeout=60)
+    assert again.returncode == 0 and err == ""
+    assert metrics(tmp_path / "run")[-1]["global_step"] == step + 64
+
+
+def metrics_so_far(run):
+    path = run / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() and (run / "checkpoint.pt").exists() else []
+
+
+def wait_for(process, condition, seconds=90):
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.time() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def test_kill_at_random_moments(script, tmp_path):
+    """KILLS=30 repeats it as often as one likes."""
+    run, rng, lost = tmp_path / "run", random.Random(0), []
+    flags = [
+        *SHORT,
+        "--env",
+        "CartPole-v1",
+        "--total-timesteps",
+        "100000000",
+        "--save-every",
+        "320",
+        "--run-dir",
+        "run",
+    ]
+    for _ in range(int(os.environ.get("KILLS", 4))):
+        process = start(script.SCRIPT, *flags, cwd=tmp_path)
+        known = len(metrics_so_far(run))
+        wait_for(process, lambda known=known: len(metrics_so_far(run)) > known + 5)
+        time.sleep(rng.random() / 2)
+        process.kill()
+        process.communicate()
+        rows = metrics(run)  # parses every line: none is torn
+        state = torch.load(run / "checkpoint.pt", weights_only=True)  # the checkpoint is whole
+        steps = [row["global_step"] for row in rows]
+        assert steps == sorted(steps) and steps[-1] >= state["global_step"]
+        lost.append(steps[-1] - state["global_step"])
+        flags = ["--resume", "run"]
+    assert max(lost) < 320 + 2 * 32, "more was lost than the steps since the last checkpoint"
+
+
+def test_an_environment_that_raises_ends_with_a_sentence(script, call, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert call(script, *TINY, "--env", "probes:Breaks-v0", "--total-timesteps", 640, "--run-dir", run) == 1
+    assert "The run failed (environment 0 raised OSError: the joystick is gone)" in capsys.readouterr().out
+    assert "joystick" in (run / "error.txt").read_text()
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert state["global_step"] == 192  # 6 rollouts of 16 steps; the 100th step raised
+
+
+def test_nan_ends_with_a_sentence_and_keeps_good_weights(script, call, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert call(script, *TINY, "--env", "probes:NotANumber-v0", "--total-timesteps", 640, "--run-dir", run) == 1
+    assert "no longer finite" in capsys.readouterr().out
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert state["global_step"] == 192
+    assert all(value.isfinite().all() for value in weights(run).values())
+    assert np.isfinite(state["reward_stats"]).all()
