@@ -2,14 +2,14 @@
 # requires-python = ">=3.13"
 # dependencies = [
 #     "torch>=2.8,<3",
-#     "gymnasium[box2d,classic-control]>=1.2,<2",
+#     "gymnasium[box2d,classic-control]>=1.2.3,<2",
 #     "gym-super-mario-bros>=9,<10",
 #     "numpy>=2.1,<3",
-#     "opencv-python-headless>=4.10,<6",
+#     "opencv-python-headless>=4.11,<6",
 #     "moviepy>=2.1,<3",
 #     "tqdm>=4.66,<5",
 #     "tyro>=0.9,<2",
-#     "wandb>=0.19,<1",
+#     "wandb>=0.31,<1",
 # ]
 # ///
 """DOCSTRING"""
@@ -488,9 +488,10 @@ class Log:
             import wandb
 
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity or None, "name": run_dir.name}
-            known = os.environ.get("WANDB_MODE") or wandb.api.api_key or sys.stdin.isatty()  # else it could only ask
-            names |= {"id": state.get("wandb_id"), "dir": run_dir, "mode": None if known else "offline"}
-            self.wandb, self.run = wandb, wandb.init(**names, config=asdict(args), resume="allow")
+            names |= {"dir": str(run_dir), "id": state.get("wandb_id"), "resume": "allow" if state else None}
+            if not (os.environ.get("WANDB_MODE") or sys.stdin.isatty() or wandb.login(prompt=False, verify=False)):
+                names["mode"] = "offline"  # without a key and a terminal wandb could only ask a question into the void
+            self.wandb, self.run = wandb, wandb.init(**names, config=asdict(args))
             self.run.define_metric("*", step_metric="global_step")
 
     def write(self, global_step: int, figures: dict, video: Path | None = None) -> None:
@@ -546,7 +547,7 @@ def main() -> None:
     torch.set_num_threads(1)  # threads of torch beside those that step environments slow both down many times
     envs = Envs(args.env, 1 if args.evaluate else args.num_envs, args.num_threads)
     learn_threads = os.cpu_count() if envs.image and device.type == "cpu" else 1
-    bfloat16 = envs.image and (device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False))
+    bfloat16 = envs.image and (device.type == "cuda" or torch.cpu._is_avx512_bf16_supported())
     agent = Agent(envs.obs.shape[1:], envs.num_actions, envs.image, torch.bfloat16 if bfloat16 else torch.float32)
     agent.to(device, memory_format=torch.channels_last if envs.image else torch.preserve_format)
     if state:

@@ -1,6 +1,7 @@
 """What a user meets: flags, files, mistakes, interruptions. Every test runs on every script."""
 
 import importlib
+import io
 import itertools
 import json
 import os
@@ -87,12 +88,11 @@ def test_every_tracked_number_is_in_the_file(script, call, tmp_path, monkeypatch
     logged, asked = [], {}
     run = types.SimpleNamespace(log=logged.append, finish=lambda: asked.update(finished=True), id="abc")
     run.define_metric = lambda *_, **__: None
-    fake = types.SimpleNamespace(
-        init=lambda **flags: asked.update(flags) or run, api=types.SimpleNamespace(api_key=None)
-    )
+    init, login = (lambda **flags: asked.update(flags) or run), (lambda prompt, verify: prompt)  # no key is known
+    fake = types.SimpleNamespace(init=init, login=login)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr(sys, "stdin", open(os.devnull))
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
     assert call(script, *TINY, "--track", "--wandb-project-name", "p", "--run-dir", tmp_path / "run") == 0
     assert logged == metrics(tmp_path / "run") and logged
     assert (
