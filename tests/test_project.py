@@ -1,0 +1,113 @@
+"""The house around the scripts: set-up, README, style."""
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from conftest import ROOT, SCRIPTS, SHORT, metrics
+
+README = (ROOT / "README.md").read_text()
+
+
+def metadata(path):
+    """The inline metadata (PEP 723) of a script."""
+    block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", path.read_text())
+    return tomllib.loads("\n".join(line[2:] for line in block[1].splitlines()))
+
+
+def test_each_script_declares_what_requirements_declare():
+    required = (ROOT / "requirements.txt").read_text().splitlines()
+    for name in SCRIPTS:
+        assert metadata(ROOT / f"{name}.py") == {"requires-python": ">=3.13", "dependencies": required}
+    speed = metadata(ROOT / "benchmark" / "speed.py")["dependencies"]
+    assert [line for line in speed if line in required] == required
+
+
+def test_bounds_not_pins():
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        assert re.fullmatch(r"[\w-]+(\[[\w,-]+\])?>=[\d.]+,<\d+", line), line
+
+
+def test_no_script_imports_another_file_of_this_repository():
+    here = {path.stem for path in ROOT.rglob("*.py")}
+    for name in SCRIPTS:
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not here & {str(module).split(".")[0] for module in names}
+
+
+def test_syntax_is_valid_on_python_3_12():
+    for name in SCRIPTS:
+        ast.parse((ROOT / f"{name}.py").read_text(), feature_version=(3, 12))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_one_file_in_an_empty_folder(name, tmp_path):
+    uv = os.environ.get("UV") or shutil.which("uv")
+    if uv is None:
+        pytest.skip("uv is not installed")
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    flags = ["--env", "CartPole-v1", *SHORT[2:], "--total-timesteps", "64", "--run-dir", "run"]
+    environ = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    command = [uv, "run", "--python", sys.executable, f"{name}.py", *flags]
+    result = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert metrics(tmp_path / "run")[-1]["eval/episodes"] == 2
+    assert f"Watch it: uv run {name}.py --evaluate run/best.pt" in result.stdout
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_is_all_a_newcomer_needs(name):
+    result = subprocess.run([sys.executable, ROOT / f"{name}.py", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == ""
+    script = __import__(name)
+    text = re.sub(r"[│\s]+", " ", result.stdout)
+    assert script.__doc__.partition("\n\n")[0] in text
+    for field in vars(script.Args()):
+        after = text.partition(f" --{field.replace('_', '-')}")[2]
+        assert re.match(r"[, \w-]* [\w{}|.,-]+ \w+", after), f"--{field} has no explanation"
+
+
+def commands(text):
+    """The lines of a text that call a script -> (script, flags)."""
+    for line in text.splitlines():
+        call = re.search(r"(?:uv run|python) (\w+)\.py (.*)", line.split("#")[0].strip().strip("`"))
+        if call and call[1] in SCRIPTS and "<" not in line:
+            yield call[1], shlex.split(call[2])
+
+
+def test_every_command_in_readme_and_docstrings_parses(monkeypatch):
+    texts = [README, *(__import__(name).__doc__ for name in SCRIPTS)]
+    found = [command for text in texts for command in commands(text)]
+    assert len(found) >= 5
+    for name, flags in found:
+        script = __import__(name)
+        if {"--resume", "--evaluate", "--help"} & set(flags):
+            continue
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
+        args, state = script.parse()  # a value that cannot work ends here with exit code 2
+        assert state == {} and args.total_timesteps > 0
+
+
+def test_ci_calls_the_test_command_of_the_readme():
+    last = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
+    assert last in README.splitlines()
+    assert (ROOT / ".python-version").read_text().strip() == "3.13"
+
+
+def test_links_of_the_readme_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_ruff_finds_nothing():
+    for command in (["check"], ["format", "--check"]):
+        result = subprocess.run([sys.executable, "-m", "ruff", *command, ROOT], capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
