@@ -170,6 +170,8 @@ def parse() -> tuple[Args, dict]:
     """Command line -> flags, and the checkpoint to resume or evaluate ({} for a new run)."""
     description = (__doc__ or "").partition("\n\n")[0]
     args, state = tyro.cli(Args, description=description), {}
+    if args.resume and args.evaluate:
+        fail(f"--resume {args.resume} and --evaluate {args.evaluate} cannot work together; leave one out.")
     if args.resume or args.evaluate:
         state = load(Path(args.evaluate or f"{args.resume}/checkpoint.pt"))
         args = tyro.cli(Args, description=description, default=Args(**state["args"]))  # given flags win over saved ones
@@ -484,7 +486,7 @@ def load(path: Path) -> dict:
     """Read a checkpoint of this script. weights_only: a file from a stranger cannot run code."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        script = state["script"]
+        script, _ = state["script"], state["agent"]
     except FileNotFoundError:
         fail(f"There is no checkpoint {path}; name a run or a file that exists.")
     except Exception as error:
@@ -526,8 +528,8 @@ class Log:
         self.file.truncate(state.get("metrics_bytes", 0))  # what followed the checkpoint is played again
         self.began = time.time() - state.get("seconds", 0)
         self.shown, self.sps, self.recent, self.wandb = time.time(), 0.0, deque(maxlen=100), None
-        total, step, hidden = args.total_timesteps, state.get("global_step", 0), not sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=step, unit=" steps", disable=hidden, dynamic_ncols=True)
+        total, self.step, hidden = args.total_timesteps, state.get("global_step", 0), not sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=self.step, unit=" steps", disable=hidden, dynamic_ncols=True)
         if args.track:
             import wandb
 
@@ -545,6 +547,7 @@ class Log:
             self.run.log(figures | ({"videos/eval": self.wandb.Video(str(video))} if video else {}))
 
     def episodes(self, global_step: int, finished: dict) -> None:
+        self.step = global_step
         for _, episode in sorted(finished.items()):
             self.recent.append(episode)
             self.write(global_step, {f"charts/{name}": figure for name, figure in episode.items()})
@@ -566,6 +569,7 @@ class Log:
         return {"seconds": seconds, "metrics_bytes": self.file.tell(), "wandb_id": self.wandb and self.run.id}
 
     def close(self) -> None:
+        self.bar.update(self.step - self.bar.n)
         self.bar.close()
         self.file.close()
         if self.wandb:
@@ -708,12 +712,16 @@ def main() -> None:
     except Exception as error:
         ending, code = f"failed ({error})", 1
         (run_dir / "error.txt").write_text(traceback.format_exc())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C shall not cut off the saving
     if code:
         save(run_dir / "checkpoint.pt", good)
     log.close()
     command = f"{'uv run' if 'UV' in os.environ else 'python'} {sys.argv[0]}"
     played = "best.pt" if (run_dir / "best.pt").exists() else "checkpoint.pt"
     print(f"The run {ending}; all is kept in {run_dir} as of step {good['global_step']:,}.")
+    if code == 1:
+        print(f"What failed, in full: {run_dir / 'error.txt'}")
     if code:
         print(f"Continue it: {command} --resume {run_dir}")
     print(f"Watch it: {command} --evaluate {run_dir / played} --capture-video")

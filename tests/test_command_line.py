@@ -170,6 +170,7 @@ MISTAKES = {
     "--env probes:Nothing-v0": "--env probes:Nothing-v0 is unknown",
     "--env probes:DictObs-v0": "needs a Box space",
     "--resume nowhere": "There is no checkpoint nowhere",
+    "--resume a --evaluate b": "cannot work together",
     "--evaluate nothing.pt": "There is no checkpoint nothing.pt",
 }
 PPO_MISTAKES = {

@@ -1,0 +1,90 @@
+# /// script
+# requires-python = ">=3.12"
+# ///
+"""Keep what a run showed, and draw up the tables of the README from what was kept.
+
+    uv run benchmark/record.py runs/<run> ...     # copy its config and compressed metrics to benchmark/results/
+    uv run benchmark/record.py                    # print the tables
+
+benchmark/results/<env>__<script>__<seed>[__<note>]/ holds config.json and metrics.jsonl.gz as the run wrote them.
+"""
+
+import gzip
+import json
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def keep(run: Path, note: str = "") -> Path:
+    config = json.loads((run / "config.json").read_text())
+    name = f"{config['env']}__{config['script']}__{config['seed']}" + (f"__{note}" if note else "")
+    folder = RESULTS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(run / "config.json", folder)
+    lines = (run / "metrics.jsonl").read_bytes()
+    (folder / "metrics.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
+    return folder
+
+
+def load(folder: Path) -> tuple[dict, list[dict]]:
+    lines = gzip.decompress((folder / "metrics.jsonl.gz").read_bytes()).decode().splitlines()
+    return json.loads((folder / "config.json").read_text()), [json.loads(line) for line in lines]
+
+
+def final_table(folders: list[Path]) -> str:
+    """Per environment and script: the last evaluation of every seed, and the minutes it took."""
+    groups = {}
+    for folder in folders:
+        config, rows = load(folder)
+        last = [row for row in rows if "eval/return_mean" in row][-1]
+        groups.setdefault((config["env"], config["script"]), []).append((config["seed"], last))
+    lines = [
+        "| environment | script | seeds | agent steps | last evaluation, per seed | episodes each | minutes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (env, script), runs in sorted(groups.items()):
+        runs.sort(key=lambda run: run[0])
+        last = [row for _, row in runs]
+        seeds = ", ".join(str(seed) for seed, _ in runs)
+        returns = ", ".join(f"{row['eval/return_mean']:.0f} ± {row['eval/return_std']:.0f}" for row in last)
+        minutes = statistics.mean(row["time"] for row in last) / 60
+        steps, episodes = f"{last[0]['global_step']:,}", f"{last[0]['eval/episodes']:.0f}"
+        lines.append(f"| `{env}` | {script} | {seeds} | {steps} | {returns} | {episodes} | {minutes:.1f} |")
+    return "\n".join(lines)
+
+
+def mario_table(folder: Path, every: int = 200_000) -> str:
+    """The last 100 training episodes, whose actions are drawn from the policy, at each multiple of `every` steps."""
+    _, rows = load(folder)
+    episodes = [row for row in rows if "charts/flag" in row]
+    entropy = [row for row in rows if "losses/entropy" in row]
+    lines = ["| agent steps | minutes | flag | mean x | return | entropy |", "|---|---|---|---|---|---|"]
+    for step in range(every, rows[-1]["global_step"] + every // 2, every):
+        recent = [row for row in episodes if row["global_step"] <= step][-100:]
+        update = [row for row in entropy if row["global_step"] <= step][-1]
+        mean = {key: statistics.mean(row[f"charts/{key}"] for row in recent) for key in ("flag", "x_pos")}
+        paid = statistics.mean(row["charts/episodic_return"] for row in recent)
+        flag, x, minutes = f"{mean['flag']:.0%}", f"{mean['x_pos']:,.0f}", f"{update['time'] / 60:.0f}"
+        lines.append(f"| {step:,} | {minutes} | {flag} | {x} | {paid:,.0f} | {update['losses/entropy']:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    for run in sys.argv[1:]:
+        run, _, note = run.partition("=")  # RUN=NOTE keeps a trial beside the run with the defaults
+        print(keep(Path(run), note))
+    if sys.argv[1:]:
+        return
+    folders = sorted(path.parent for path in RESULTS.glob("*/metrics.jsonl.gz") if path.parent.name.count("__") == 2)
+    print(final_table(folders))
+    for folder in folders:
+        if folder.name.startswith("SuperMario"):
+            print(f"\n{folder.name}\n\n{mario_table(folder)}")
+
+
+if __name__ == "__main__":
+    main()
