@@ -12,7 +12,7 @@
 #     "wandb>=0.31,<1",
 # ]
 # ///
-"""Proximal policy optimisation: can the safe step be simple?
+r"""Proximal policy optimisation: can the safe step be simple?
 
 TRPO keeps a new policy close to the one that played by solving a constrained problem at every update, with second
 derivatives, conjugate gradients and a line search. PPO asks what all this is for, an update that does not run away
@@ -48,8 +48,10 @@ falls to 0. gamma = 0.9 on Mario: 10 decisions of 4 frames, 0.7 s, are about a j
 What is still wrong: everything is learnt from real play, a step at a time, then thrown away.
 
     uv run ppo.py --cuda                                                      # Super Mario Bros 1-1
-    uv run ppo.py --env CartPole-v1 --total-timesteps 150000 --num-envs 8 --gamma 0.98 --learning-rate 1e-3
-    uv run ppo.py --env LunarLander-v3 --total-timesteps 1000000 --gamma 0.995 --gae-lambda 0.98 --learning-rate 5e-4
+    uv run ppo.py --env CartPole-v1 --total-timesteps 150000 --num-envs 8 --gamma 0.98 --learning-rate 1e-3 \
+        --eval-episodes 100
+    uv run ppo.py --env LunarLander-v3 --total-timesteps 1000000 --num-steps 512 --num-minibatches 64 --gamma 0.999 \
+        --gae-lambda 0.98 --learning-rate 5e-4 --eval-every 250000 --eval-episodes 100
     uv run ppo.py --evaluate runs/<run>/best.pt --eval-episodes 100 --capture-video
 
 RESULTS

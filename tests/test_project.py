@@ -77,7 +77,7 @@ def test_help_is_all_a_newcomer_needs(name):
 
 def commands(text):
     """The lines of a text that call a script -> (script, flags)."""
-    for line in text.splitlines():
+    for line in text.replace("\\\n", " ").splitlines():
         call = re.search(r"(?:uv run|python) (\w+)\.py (.*)", line.split("#")[0].strip().strip("`"))
         if call and call[1] in SCRIPTS and "<" not in line:
             yield call[1], shlex.split(call[2])
