@@ -440,7 +440,7 @@ def evaluate(agent: Agent, envs: Envs, episodes: int, seed: int, video: Path | N
         actions, _ = sample(agent(torch.as_tensor(envs.obs, device=device))[0], generator)
         rows = np.flatnonzero(left)
         envs.step(actions[rows].tolist(), rows)
-        for i, episode in envs.finished.items():
+        for i, episode in sorted(envs.finished.items()):
             results.append(episode)
             left[i] -= 1
         if writer and 0 in envs.finished:
@@ -527,7 +527,8 @@ class Log:
 
     def __init__(self, args: Args, run_dir: Path, state: dict):
         self.file = open(run_dir / "metrics.jsonl", "ab", buffering=0)  # one write per line: a kill tears none
-        self.file.truncate(state.get("metrics_bytes", 0))  # what followed the checkpoint is played again
+        kept = min(state.get("metrics_bytes", 0), self.file.tell())
+        self.file.truncate(kept)  # what followed the checkpoint is played again
         self.began = time.time() - state.get("seconds", 0)
         self.shown, self.sps, self.recent, self.wandb = time.time(), 0.0, deque(maxlen=100), None
         total, self.step, hidden = args.total_timesteps, state.get("global_step", 0), not sys.stderr.isatty()
@@ -597,8 +598,9 @@ def main() -> None:
     torch.set_num_threads(1)  # threads of torch beside those that step environments slow both down many times
     envs = Envs(args.env, 1 if args.evaluate else args.num_envs, args.num_threads)
     learn_threads = os.cpu_count() if envs.image and device.type == "cpu" else 1
-    bfloat16 = envs.image and (device.type == "cuda" or torch.cpu._is_avx512_bf16_supported())
-    agent = Agent(envs.obs.shape[1:], envs.num_actions, envs.image, torch.bfloat16 if bfloat16 else torch.float32)
+    fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    dtype = torch.bfloat16 if envs.image and fast else torch.float32
+    agent = Agent(envs.obs.shape[1:], envs.num_actions, envs.image, dtype)
     agent.to(device, memory_format=torch.channels_last if envs.image else torch.preserve_format)
     if state:
         agent.load_state_dict(state["agent"])
@@ -650,7 +652,8 @@ def main() -> None:
     obs = torch.zeros((*shape, *envs.obs.shape[1:]), dtype=torch.as_tensor(envs.obs).dtype, device=device)
     actions = torch.zeros(shape, dtype=torch.int64, device=device)
     log_probs, values, final_values = torch.zeros((3, *shape), device=device)
-    rewards, (ends, cuts) = np.zeros(shape, np.float32), np.zeros((2, *shape), bool)
+    rewards, (terminated, truncated) = np.zeros(shape, np.float32), np.zeros((2, *shape), bool)
+    to_device = functools.partial(torch.as_tensor, device=device)
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     good, ending, code = snapshot(), "finished", 0
@@ -665,27 +668,27 @@ def main() -> None:
 
             # act
             for t in range(args.num_steps):
-                obs[t] = torch.as_tensor(envs.obs)
+                obs[t] = to_device(envs.obs)
                 with torch.no_grad():
                     logits, values[t] = agent(obs[t])
                     actions[t], log_probs[t] = sample(logits)
                 envs.step(actions[t].tolist())
-                ends[t], cuts[t] = envs.terminated, envs.truncated
-                rewards[t] = scaler(envs.rewards, ends[t] | cuts[t]) if args.norm_reward else envs.rewards
-                if envs.truncated.any():
+                terminated[t], truncated[t] = envs.terminated, envs.truncated
+                rewards[t] = scaler(envs.rewards, terminated[t] | truncated[t]) if args.norm_reward else envs.rewards
+                if truncated[t].any():  # a time limit is no end: V of the state in which it struck stands for the rest
                     with torch.no_grad():
-                        final_values[t] = agent(torch.as_tensor(envs.final_obs, device=device))[1]
+                        final_values[t] = agent(to_device(envs.final_obs))[1]
                 global_step += args.num_envs
                 log.episodes(global_step, envs.finished)
 
             # learn
             torch.set_num_threads(learn_threads)
             with torch.no_grad():
-                next_values = torch.cat([values[1:], agent(torch.as_tensor(envs.obs, device=device))[1][None]])
-            terminated, truncated = (torch.as_tensor(mask, device=device) for mask in (ends, cuts))
-            next_values = torch.where(truncated, final_values, next_values).masked_fill(terminated, 0)
-            dones, scaled = (terminated | truncated).float(), torch.as_tensor(rewards, device=device)
-            advantages, returns = gae(scaled, values, next_values, dones, args.gamma, args.gae_lambda)
+                next_values = torch.cat([values[1:], agent(to_device(envs.obs))[1][None]])
+            next_values = torch.where(to_device(truncated), final_values, next_values)
+            next_values = next_values.masked_fill(to_device(terminated), 0)
+            dones = to_device(terminated | truncated).float()
+            advantages, returns = gae(to_device(rewards), values, next_values, dones, args.gamma, args.gae_lambda)
             batch = {"obs": obs, "actions": actions, "log_probs": log_probs, "values": values}
             batch |= {"advantages": advantages, "returns": returns}
             figures = update(agent, optimizer, args, {k: v.flatten(0, 1) for k, v in batch.items()}, ent_coef)

@@ -91,7 +91,7 @@ class Clockwork(Diary):
 
 
 class Screen(gym.Env):
-    """An image whose every pixel is the number of frames shown, always in the same memory; 60 frames an episode."""
+    """An image whose every pixel is the number of frames shown, always in the same memory; 58 frames an episode."""
 
     observation_space, action_space = gym.spaces.Box(0, 255, (96, 96, 3), np.uint8), DISCRETE
     metadata = {"render_modes": ["rgb_array"], "render_fps": 60}  # noqa: RUF012
@@ -106,7 +106,7 @@ class Screen(gym.Env):
 
     def step(self, action):
         self.screen += 1
-        return self.screen, 1.0, bool(self.screen[0, 0, 0] == 60), False, {}
+        return self.screen, 1.0, bool(self.screen[0, 0, 0] == 58), False, {}
 
     def render(self):
         return self.screen

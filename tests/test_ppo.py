@@ -284,7 +284,7 @@ def test_stored_frames_are_copies(ppo, call, monkeypatch, tmp_path):
     flags = "--env probes:Screen-v0 --num-envs 2 --num-steps 20 --num-minibatches 1 --total-timesteps 40"
     call(ppo, *flags.split(), "--eval-episodes", 1, "--run-dir", tmp_path / "run")
     frames = update[0][3]["obs"].view(20, 2, 4, 84, 84)
-    for t in range(20):  # an episode of 60 frames is 15 steps of 4; each shows the frames of the last 4 steps
+    for t in range(20):  # an episode of 58 frames is 15 steps; each shows the frames of the last 4 steps
         newest = 4 * (t % 15)
         for i in range(2):
             expected = [max(newest - 4 * k, 0) for k in (3, 2, 1, 0)]
@@ -355,8 +355,9 @@ def test_frames_repeat_the_action_and_stop_at_the_end(ppo):
     assert obs.shape == (4, 84, 84) and env.metadata["render_fps"] == 15
     for step in range(1, 16):
         obs, reward, terminated, _, _ = env.step(0)
-        assert reward == 4 and terminated == (step == 15)
-        assert [int(frame.max()) for frame in obs] == [max(4 * step - 4 * k, 0) for k in (3, 2, 1, 0)]
+        assert reward == (4 if step < 15 else 2) and terminated == (step == 15)
+        newest = 4 * step if step < 15 else 58
+        assert [int(frame.max()) for frame in obs] == [max(4 * (step - k), 0) for k in (3, 2, 1)] + [newest]
 
 
 def test_mario_is_grey_small_and_has_seven_actions(ppo):
