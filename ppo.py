@@ -225,6 +225,8 @@ class Frames(gym.Wrapper):
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """One environment, ready for the agent. Exit code 2 if there is none of this id or its spaces do not fit."""
     module, _, name = env_id.rpartition(":")
+    if render_mode == "rgb_array":
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without looking for a screen
     try:
         if module:
             importlib.import_module(module)
@@ -504,7 +506,10 @@ def make_run_dir(args: Args, device: torch.device) -> Path:
     run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
     if (run_dir / "checkpoint.pt").exists() and not args.resume:
         fail(f"--run-dir {run_dir} holds a run already; continue it with --resume {run_dir} or name another folder.")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--run-dir {run_dir} cannot be made ({error.strerror}); name another folder.")
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = ""
     with contextlib.suppress(OSError):  # no git here
@@ -618,6 +623,8 @@ def main() -> None:
         print(describe(evaluate(agent, eval_envs(), args.eval_episodes, args.seed, video)))
         return print(f"video: {video}") if video else None
 
+    if args.capture_video:
+        eval_envs()  # one that cannot draw shall say so now
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
     scaler = RewardScaler(args.num_envs, args.gamma)
     global_step, best = 0, -math.inf

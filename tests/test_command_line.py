@@ -171,6 +171,8 @@ MISTAKES = {
     "--env probes:DictObs-v0": "needs a Box space",
     "--resume nowhere": "There is no checkpoint nowhere",
     "--resume a --evaluate b": "cannot work together",
+    "--run-dir config.json/run": "--run-dir config.json/run cannot be made (Not a directory)",
+    "--env probes:OneStep-v0 --capture-video": "--env probes:OneStep-v0 cannot be made",
     "--evaluate nothing.pt": "There is no checkpoint nothing.pt",
 }
 PPO_MISTAKES = {
@@ -192,10 +194,11 @@ CASES = [(name, *case) for name in SCRIPTS for case in (MISTAKES | (PPO_MISTAKES
 @pytest.mark.parametrize("name, flags, sentence", CASES)
 def test_mistakes_get_one_sentence(name, flags, sentence, call, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("config.json").touch()
     assert call(__import__(name), *TINY, *flags.split()) == 2
     err = capsys.readouterr().err
     assert sentence in err and len(err.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_a_mistake_has_no_traceback(tmp_path):
