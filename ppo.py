@@ -343,7 +343,7 @@ class Agent(nn.Module):
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """obs (B, *obs_shape) -> logits (B, num_actions) and values (B,), in float32."""
         if self.image:
-            obs = obs.to(self.dtype, memory_format=torch.channels_last) / 255
+            obs = obs.to(self.dtype, memory_format=torch.channels_last).div_(255)
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             features = self.actor_trunk(obs)
             critic_features = features if self.image else self.critic_trunk(obs)
@@ -698,7 +698,10 @@ def main() -> None:
             advantages, returns = gae(to_device(rewards), values, next_values, dones, args.gamma, args.gae_lambda)
             batch = {"obs": obs, "actions": actions, "log_probs": log_probs, "values": values}
             batch |= {"advantages": advantages, "returns": returns}
-            figures = update(agent, optimizer, args, {k: v.flatten(0, 1) for k, v in batch.items()}, ent_coef)
+            batch = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
+            if envs.image:  # convolutions are faster on it; converted once, not in every minibatch
+                batch["obs"] = batch["obs"].contiguous(memory_format=torch.channels_last)
+            figures = update(agent, optimizer, args, batch, ent_coef)
             torch.set_num_threads(1)
             if not all(math.isfinite(figure) for figure in figures.values()):
                 raise FloatingPointError("the loss or its gradient is no longer finite; try a smaller --learning-rate")

@@ -104,7 +104,6 @@ def ours(script: str, env: str, updates: int) -> tuple[float, float]:
 def sb3(kind: str, env_id: str, updates: int) -> None:
     """In a process of its own: train Stable-Baselines3's PPO and print the times at which its rollouts began."""
     sys.path.insert(0, str(ROOT))
-    import gym_super_mario_bros  # noqa: F401
     import gymnasium as gym
     from gym_super_mario_bros.actions import SIMPLE_MOVEMENT
     from nes_py.wrappers import JoypadSpace
@@ -114,7 +113,7 @@ def sb3(kind: str, env_id: str, updates: int) -> None:
     from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
     def standard() -> gym.Env:
-        env = JoypadSpace(gym.make(env_id), SIMPLE_MOVEMENT)
+        env = JoypadSpace(gym.make(f"gym_super_mario_bros:{env_id}"), SIMPLE_MOVEMENT)
         env = gym.wrappers.MaxAndSkipObservation(env, skip=4)
         env = gym.wrappers.GrayscaleObservation(env)
         env = gym.wrappers.ResizeObservation(env, (84, 84))

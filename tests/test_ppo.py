@@ -420,9 +420,10 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(ppo, call, monkeyp
 
     def interrupted(*args):
         calls.n += 1
+        figures = original(*args)
         if calls.n == 5:
-            raise KeyboardInterrupt(15)
-        return original(*args)
+            raise KeyboardInterrupt(15)  # after the weights have changed and before anything was saved
+        return figures
 
     monkeypatch.setattr(ppo, "update", interrupted)
     assert call(ppo, *flags, "--run-dir", tmp_path / "cut") == 143
