@@ -313,6 +313,19 @@ def test_kill_at_random_moments(script, tmp_path):
     assert max(lost) < 320 + 2 * 32, "more was lost than the steps since the last checkpoint"
 
 
+def test_a_kill_while_saving_leaves_the_previous_checkpoint(script, tmp_path, monkeypatch):
+    def torn(state, file):
+        file.write(b"half a checkpoint")
+        raise KeyboardInterrupt(9)
+
+    path, state = tmp_path / "checkpoint.pt", {"script": script.SCRIPT, "agent": {}}
+    script.save(path, state)
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(KeyboardInterrupt):
+        script.save(path, state)
+    assert script.load(path) == state
+
+
 def test_an_environment_that_raises_ends_with_a_sentence(script, call, tmp_path, capsys):
     run = tmp_path / "run"
     assert call(script, *TINY, "--env", "probes:Breaks-v0", "--total-timesteps", 640, "--run-dir", run) == 1

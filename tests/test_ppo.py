@@ -378,6 +378,12 @@ def test_evaluation_does_not_prefer_short_episodes(ppo):
     assert np.mean(lengths) == pytest.approx(20.5, abs=3)  # 512 episodes: standard error 0.86
 
 
+def test_evaluation_is_decided_by_its_seed(ppo):
+    agent, envs = ppo.Agent((4,), 2, False), ppo.Envs("CartPole-v1", 3)
+    first, again, other = (ppo.evaluate(agent, envs, 6, seed) for seed in (5, 5, 6))
+    assert first == again != other
+
+
 def test_each_environment_plays_its_share(ppo, monkeypatch):
     agent, envs = ppo.Agent((1,), 2, False), ppo.Envs("probes:TwoLengths-v0", 4)
     played = np.zeros(4)
