@@ -6,12 +6,11 @@
     uv run benchmark/record.py runs/<run> ...     # copy its config and compressed metrics to benchmark/results/
     uv run benchmark/record.py                    # print the tables
 
-benchmark/results/<env>__<script>__<seed>[__<note>]/ holds config.json and metrics.jsonl.gz as the run wrote them.
+benchmark/results/<env>__<script>__<seed>[__<note>]/ holds metrics.jsonl.gz as the run wrote it, and its config.json.
 """
 
 import gzip
 import json
-import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -24,7 +23,8 @@ def keep(run: Path, note: str = "") -> Path:
     name = f"{config['env']}__{config['script']}__{config['seed']}" + (f"__{note}" if note else "")
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(run / "config.json", folder)
+    config["run_dir"] = run.name  # where it lay on that machine is nobody's business
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     lines = (run / "metrics.jsonl").read_bytes()
     (folder / "metrics.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
     return folder
