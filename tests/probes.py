@@ -28,15 +28,8 @@ class OneStep(Constant):
     terminates_after = 1
 
 
-class Delayed(gym.Env):
+class Delayed(Constant):
     """Observation 0, then 1; the second step pays 1 and ends: V(1) = 1, V(0) = gamma."""
-
-    observation_space, action_space = gym.spaces.Box(0, 1, (1,), np.float32), DISCRETE
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.steps = 0
-        return np.zeros(1, np.float32), {}
 
     def step(self, action):
         self.steps += 1
