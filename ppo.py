@@ -64,7 +64,6 @@ Huang et al. 2022, "The 37 implementation details of PPO"; Mnih et al. 2015, doi
 """
 
 import contextlib
-import copy
 import difflib
 import functools
 import importlib
@@ -113,6 +112,7 @@ class Args:
     eval_episodes: int = 20  # episodes per evaluation
     eval_every: int = 100_000  # agent steps between evaluations; 0: only at the end
     save_every: int = 20_000  # agent steps between checkpoints; 0: only at the end
+    log_every: int = 1_000  # agent steps between lines of losses, each the mean of the updates since the last
     run_dir: str = ""  # folder of the run; empty: runs/<env>__<script>__<seed>__<time>
     resume: str = ""  # folder of a run to continue
     evaluate: str = ""  # checkpoint to play, without training
@@ -142,6 +142,10 @@ class Args:
         return self.num_envs * self.num_steps
 
     @property
+    def last_step(self) -> int:  # where training ends: after whole batches only
+        return self.total_timesteps // self.batch_size * self.batch_size
+
+    @property
     def minibatch_size(self) -> int:
         return self.batch_size // self.num_minibatches
 
@@ -155,10 +159,14 @@ def fail(sentence: str):
 def check(args: Args) -> None:
     """End with exit code 2 at the first flag whose value cannot work."""
     rules = {
-        "at least 1": (1, math.inf, "num_envs num_steps num_minibatches update_epochs eval_episodes"),
-        "from 0 to 2147483647": (0, 2**31 - 1, "seed num_threads eval_every save_every ent_coef vf_coef target_kl"),
+        "at least 1": (1, math.inf, "num_envs eval_episodes num_steps num_minibatches update_epochs"),
+        "from 0 to 2147483647": (
+            0,
+            2**31 - 1,
+            "seed num_threads eval_every save_every log_every ent_coef vf_coef target_kl",
+        ),
         "from 0 to 1": (0, 1, "gamma gae_lambda"),
-        "a positive number": (5e-324, 1e300, "learning_rate clip_coef max_grad_norm"),
+        "a positive number": (5e-324, 1e300, "learning_rate max_grad_norm clip_coef"),
     }
     for remedy, (low, high, names) in rules.items():
         for name in names.split():
@@ -180,11 +188,12 @@ def parse() -> tuple[Args, dict]:
     if args.resume or args.evaluate:
         state = load(Path(args.evaluate or f"{args.resume}/checkpoint.pt"))
         args = tyro.cli(Args, description=description, default=Args(**state["args"]))  # given flags win over saved ones
-        for name in ["env"] if args.evaluate else ["env", "num_envs", "num_steps"]:
-            flag, value, saved = f"--{name.replace('_', '-')}", getattr(args, name), state["args"][name]
-            if value != saved:
-                fail(f"{flag} {value} does not fit the checkpoint, which is of {flag} {saved}; leave it out.")
+        saved = state["args"]["env"]
+        if args.env != saved:
+            fail(f"--env {args.env} does not fit the checkpoint, which is of --env {saved}; leave it out.")
     check(args)
+    if args.resume and state["global_step"] >= args.last_step:
+        fail(f"--resume {args.resume} is complete; --total-timesteps beyond {state['global_step']} would continue it.")
     return args, state
 
 
@@ -306,10 +315,19 @@ class RewardScaler:
         self.gamma, self.returns, self.stats = gamma, np.zeros(num_envs), RunningMeanStd()
 
     def __call__(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
-        self.returns = self.gamma * self.returns + rewards
-        self.stats.update(self.returns)
-        self.returns[dones] = 0
+        """rewards (T, N) and dones (T, N), the steps that follow those of the last call -> scaled rewards (T, N)."""
+        returns = np.empty(rewards.shape)
+        for t in range(len(rewards)):
+            self.returns = returns[t] = rewards[t] + self.gamma * self.returns
+            self.returns = np.where(dones[t], 0, self.returns)
+        self.stats.update(returns.ravel())
         return np.clip(rewards / np.sqrt(self.stats.var + 1e-8), -10, 10)
+
+    def state_dict(self) -> dict:
+        return {name: float(getattr(self.stats, name)) for name in ("mean", "var", "count")}
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self.stats).update(state)
 
 
 # ------------------------------------------------------------------------------------------------ network
@@ -352,12 +370,12 @@ class Agent(nn.Module):
             critic_features = features if self.image else self.critic_trunk(obs)
         return self.actor(features.float()), self.critic(critic_features.float()).squeeze(-1)
 
-
-def sample(logits: torch.Tensor, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits (B, num_actions) -> actions (B,) drawn from the policy, and their log pi(a|s) (B,)."""
-    log_probs = F.log_softmax(logits, -1)
-    actions = torch.multinomial(log_probs.exp(), 1, generator=generator)
-    return actions.squeeze(-1), log_probs.gather(-1, actions).squeeze(-1)
+    def act(self, obs: torch.Tensor, generator=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """obs (B, *obs_shape) -> actions (B,) drawn from the policy, their log pi(a|s) (B,), values (B,)."""
+        logits, values = self(obs)
+        log_probs = F.log_softmax(logits, -1)
+        actions = torch.multinomial(log_probs.detach().exp(), 1, generator=generator)
+        return actions.squeeze(-1), log_probs.gather(-1, actions).squeeze(-1), values
 
 
 # ------------------------------------------------------------------------------------------------ algorithm
@@ -370,10 +388,10 @@ def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float) ->
     if a time limit cut it. dones[t] is 1 in both cases, as no advantage flows back from one episode into another.
     """
     deltas = rewards + gamma * next_values - values  # the TD errors, equation (3)
+    decay = gamma * gae_lambda * (1 - dones)
     advantages, advantage = torch.zeros_like(deltas), torch.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
-        advantage = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * advantage
-        advantages[t] = advantage
+        advantages[t] = advantage = deltas[t] + decay[t] * advantage
     return advantages, advantages + values
 
 
@@ -419,7 +437,7 @@ def update(agent: Agent, optimizer, args: Args, batch: dict, ent_coef: float) ->
         if args.target_kl and torch.stack(steps[-args.num_minibatches :]).mean(0)[5] > args.target_kl:
             break
     names = "loss", "policy_loss", "value_loss", "entropy", "grad_norm", "approx_kl", "clipfrac"
-    return {f"losses/{name}": mean for name, mean in zip(names, torch.stack(steps).mean(0).tolist(), strict=True)}
+    return {f"losses/{name}": mean for name, mean in zip(names, torch.stack(steps).mean(0), strict=True)}
 
 
 # ------------------------------------------------------------------------------------------------ evaluate
@@ -432,7 +450,7 @@ def evaluate(agent: Agent, envs: Envs, episodes: int, seed: int, video: Path | N
     Each environment plays a number of episodes fixed beforehand, so that short ones do not crowd out long ones, and
     the random numbers come from a generator of their own, so that evaluating leaves training as it was.
     """
-    device = agent.actor.weight.device
+    device = next(agent.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     left = np.array([len(range(i, episodes, len(envs.envs))) for i in range(len(envs.envs))])
     results, writer = [], None
@@ -442,7 +460,7 @@ def evaluate(agent: Agent, envs: Envs, episodes: int, seed: int, video: Path | N
             frame = envs.envs[0].render()
             writer = writer or open_video(video, frame, envs.envs[0].metadata.get("render_fps", 30))
             writer.write_frame(frame)
-        actions, _ = sample(agent(torch.as_tensor(envs.obs, device=device))[0], generator)
+        actions, *_ = agent.act(torch.as_tensor(envs.obs, device=device), generator)
         rows = np.flatnonzero(left)
         envs.step(actions[rows].tolist(), rows)
         for i, episode in sorted(envs.finished.items()):
@@ -451,22 +469,13 @@ def evaluate(agent: Agent, envs: Envs, episodes: int, seed: int, video: Path | N
         if writer and 0 in envs.finished:
             writer.close()
             video = writer = None
-    returns, lengths = (np.array([r[name] for r in results]) for name in ("episodic_return", "episodic_length"))
-    figures = {"eval/episodes": episodes, "eval/return_mean": returns.mean(), "eval/return_std": returns.std()}
-    figures["eval/length_mean"] = lengths.mean()
-    if "flag" in results[0]:
-        flags, x = (np.array([r[name] for r in results]) for name in ("flag", "x_pos"))
-        figures |= {"eval/flag_rate": flags.mean(), "eval/x_pos_mean": x.mean(), "eval/x_pos_std": x.std()}
-        figures["eval/x_pos_max"] = x.max()
-    return {name: float(figure) for name, figure in figures.items()}
-
-
-def describe(r: dict) -> str:
-    """eval/... figures in one sentence."""
-    text = f"{r['eval/episodes']:.0f} episodes: return {r['eval/return_mean']:.1f} +- {r['eval/return_std']:.1f}"
-    if "eval/flag_rate" in r:
-        text += f", flag {r['eval/flag_rate']:.0%}, x {r['eval/x_pos_mean']:.0f} +- {r['eval/x_pos_std']:.0f}"
-    return text
+    figures = {"eval/episodes": float(episodes)}
+    for name in results[0]:
+        column, name = np.array([episode[name] for episode in results]), name.removeprefix("episodic_")
+        figures |= {f"eval/{name}_{f}": float(getattr(column, f)()) for f in ("mean", "std", "max")}
+    if "eval/flag_mean" in figures:
+        figures["eval/flag_rate"] = figures["eval/flag_mean"]
+    return figures
 
 
 def open_video(path: Path, frame: np.ndarray, fps: float):
@@ -475,6 +484,22 @@ def open_video(path: Path, frame: np.ndarray, fps: float):
 
     path.parent.mkdir(parents=True, exist_ok=True)
     return FFMPEG_VideoWriter(str(path), frame.shape[1::-1], fps)
+
+
+def eval_envs(args: Args) -> Envs:
+    """The environments of an evaluation; the first one draws if videos are wanted."""
+    return Envs(args.env, min(args.eval_episodes, 16), args.num_threads, "rgb_array" if args.capture_video else None)
+
+
+def play(agent: Agent, args: Args) -> None:
+    """--evaluate: play a checkpoint and say how it did."""
+    path = Path(args.evaluate)
+    video = path.parent / "videos" / f"{path.stem}.mp4" if args.capture_video else None
+    r = evaluate(agent, eval_envs(args), args.eval_episodes, args.seed, video)
+    text = f"{args.eval_episodes} episodes: return {r['eval/return_mean']:.1f} +- {r['eval/return_std']:.1f}"
+    if "eval/flag_rate" in r:
+        text += f", flag {r['eval/flag_rate']:.0%}, x {r['eval/x_pos_mean']:.0f} +- {r['eval/x_pos_std']:.0f}"
+    print(text + (f"\nvideo: {video}" if video else ""))
 
 
 # ------------------------------------------------------------------------------------------------ save, load, log
@@ -503,100 +528,184 @@ def load(path: Path) -> dict:
     return state
 
 
-def make_run_dir(args: Args, device: torch.device) -> Path:
-    """Create the folder of the run, never over another run, and write config.json into it."""
-    name = f"{args.env}__{SCRIPT}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
-    if (run_dir / "checkpoint.pt").exists() and not args.resume:
-        fail(f"--run-dir {run_dir} holds a run already; continue it with --resume {run_dir} or name another folder.")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--run-dir {run_dir} cannot be made ({error.strerror}); name another folder.")
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = ""
-    with contextlib.suppress(OSError):  # no git here
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    packages = "torch", "gymnasium", "gym-super-mario-bros", "numpy"
-    versions = {package: importlib.metadata.version(package) for package in packages}
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} x {platform.machine()}"
-    config = {"script": SCRIPT, **asdict(args), "versions": versions, "device": name, "commit": commit or None}
-    (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return run_dir
+class Run:
+    """What surrounds the training: folder, log, evaluations, checkpoints, and the end, however it comes.
 
+    `parts` (agent, optimiser, ...) are what a resumed run continues with, each saved and loaded by its state_dict.
+    """
 
-def crossed(step: int, done: int, every: int) -> bool:
-    """Whether the last `done` steps up to `step` passed a multiple of `every`; 0 is never."""
-    return every > 0 and step // every > (step - done) // every
+    def __init__(self, args: Args, state: dict, device: torch.device, **parts):
+        self.args, self.device, self.parts = args, device, parts
+        self.global_step, self.best = state.get("global_step", 0), state.get("best", -math.inf)
+        self.envs = eval_envs(args) if args.capture_video else None  # one that cannot draw shall say so now
+        for name, part in parts.items() if state else ():
+            part.load_state_dict(state[name])
+        if state:
+            torch.set_rng_state(state["rng"])
+        if state and device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"])
+        name = f"{args.env}__{SCRIPT}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+        self.dir = Path(args.resume or args.run_dir or f"runs/{name}")
+        if (self.dir / "checkpoint.pt").exists() and not args.resume:
+            fail(f"--run-dir {self.dir} holds a run already; continue it with --resume {self.dir} or name another.")
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"--run-dir {self.dir} cannot be made ({error.strerror}); name another folder.")
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = None
+        with contextlib.suppress(OSError):  # no git here
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        packages = "torch", "gymnasium", "gym-super-mario-bros", "numpy"
+        versions = {package: importlib.metadata.version(package) for package in packages}
+        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} x {platform.machine()}"
+        config = {"script": SCRIPT, **asdict(args), "versions": versions, "device": name, "commit": commit}
+        (self.dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-
-class Log:
-    """One JSON object per line in metrics.jsonl, the same figures to the tracker, progress to the terminal."""
-
-    def __init__(self, args: Args, run_dir: Path, state: dict):
-        self.file = open(run_dir / "metrics.jsonl", "ab", buffering=0)  # one write per line: a kill tears none
-        kept = min(state.get("metrics_bytes", 0), self.file.tell())
-        self.file.truncate(kept)  # what followed the checkpoint is played again
+        self.file = open(self.dir / "metrics.jsonl", "ab", buffering=0)  # one write per line: a kill tears none
+        self.file.truncate(min(state.get("metrics_bytes", 0), self.file.tell()))  # what followed is played again
         self.began = time.time() - state.get("seconds", 0)
-        self.shown, self.sps, self.recent, self.wandb = time.time(), 0.0, deque(maxlen=100), None
-        total, self.step, hidden = args.total_timesteps, state.get("global_step", 0), not sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=self.step, unit=" steps", disable=hidden, dynamic_ncols=True)
+        self.clock, self.shown, self.sps = (time.time(), self.global_step), time.time(), 0.0
+        self.recent, self.figures, self.wandb = deque(maxlen=100), [], None
+        total, hidden = args.total_timesteps, not sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=self.global_step, unit=" steps", disable=hidden, dynamic_ncols=True)
         if args.track:
             import wandb
 
-            names = {"project": args.wandb_project_name, "entity": args.wandb_entity or None, "name": run_dir.name}
-            names |= {"dir": str(run_dir), "id": state.get("wandb_id"), "resume": "allow" if state else None}
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity or None, "name": self.dir.name}
+            names |= {"dir": str(self.dir), "id": state.get("wandb_id"), "resume": "allow" if state else None}
             if not (os.environ.get("WANDB_MODE") or sys.stdin.isatty() or wandb.login(prompt=False, verify=False)):
                 names["mode"] = "offline"  # without a key and a terminal wandb could only ask a question into the void
-            self.wandb, self.run = wandb, wandb.init(**names, config=asdict(args))
-            self.run.define_metric("*", step_metric="global_step")
+            self.wandb, self.tracker = wandb, wandb.init(**names, config=asdict(args))
+            self.tracker.define_metric("*", step_metric="global_step")
 
-    def write(self, global_step: int, figures: dict, video: Path | None = None) -> None:
-        figures = {"global_step": global_step, "time": round(time.time() - self.began, 3), **figures}
+    def __enter__(self):
+        self.signal, self.updating = None, False
+        signal.signal(signal.SIGINT, self.interrupt)
+        signal.signal(signal.SIGTERM, self.interrupt)
+        self.mark()
+        self.save("checkpoint.pt")
+        return self
+
+    def interrupt(self, number, frame) -> None:
+        """Ctrl-C ends the run at once, but an update first becomes whole; a second Ctrl-C does not cut off saving."""
+        first, self.signal = self.signal is None, number
+        if first and not self.updating:
+            raise KeyboardInterrupt
+
+    def mark(self) -> None:
+        """Remember the point to which a resumed run goes back: the weights have changed and nothing else since."""
+        rng, cuda_rng = torch.get_rng_state(), torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        self.marked = {"global_step": self.global_step, "rng": rng, "cuda_rng": cuda_rng}
+        self.marked |= {"metrics_bytes": self.file.tell(), "seconds": time.time() - self.began}
+
+    def save(self, name: str) -> None:
+        args = asdict(replace(self.args, resume="", run_dir=str(self.dir)))
+        state = {"script": SCRIPT, "args": args, "best": self.best, "wandb_id": self.wandb and self.tracker.id}
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        save(self.dir / name, {**state, **parts, **self.marked})
+
+    def write(self, figures: dict, video: Path | None = None) -> None:
+        figures = {"global_step": self.global_step, "time": round(time.time() - self.began, 3), **figures}
         self.file.write(json.dumps(figures).encode() + b"\n")
         if self.wandb:
-            self.run.log(figures | ({"videos/eval": self.wandb.Video(str(video))} if video else {}))
+            self.tracker.log(figures | ({"videos/eval": self.wandb.Video(str(video))} if video else {}))
 
-    def episodes(self, global_step: int, finished: dict) -> None:
-        self.step = global_step
+    def step(self, steps: int, finished: dict) -> None:
+        """Count agent steps, log the episodes that ended with them."""
+        self.global_step += steps
         for _, episode in sorted(finished.items()):
             self.recent.append(episode)
-            self.write(global_step, {f"charts/{name}": figure for name, figure in episode.items()})
-        if time.time() - self.shown < (5 if self.bar.disable else 0.2):
-            return
+            self.write({f"charts/{name}": figure for name, figure in episode.items()})
+        if time.time() - self.shown > (5 if self.bar.disable else 0.2):
+            self.show()
+
+    def show(self) -> None:
+        """Progress: a bar on a terminal, a line every 5 seconds elsewhere."""
         self.shown, text = time.time(), ""
         if self.recent:
             mean = {name: np.mean([episode[name] for episode in self.recent]) for name in self.recent[0]}
             text = f"return {mean['episodic_return']:.1f}"
             text += f", flag {mean['flag']:.0%}, x {mean['x_pos']:.0f}" if "flag" in mean else ""
         self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update(global_step - self.bar.n)
+        self.bar.update(self.global_step - self.bar.n)
         if self.bar.disable:
-            print(f"{global_step:,} of {self.bar.total:,} steps, {self.sps:,.0f} steps/s, {text}", flush=True)
+            print(f"{self.global_step:,} of {self.bar.total:,} steps, {self.sps:,.0f} steps/s, {text}", flush=True)
 
-    def state(self) -> dict:
-        """What a resumed run needs to go on writing where the checkpoint was made."""
-        seconds = time.time() - self.began
-        return {"seconds": seconds, "metrics_bytes": self.file.tell(), "wandb_id": self.wandb and self.run.id}
+    @property
+    def remaining(self) -> float:
+        """The share of the training that lies ahead, for schedules."""
+        return 1 - self.global_step / self.args.total_timesteps
 
-    def close(self) -> None:
-        self.bar.update(self.step - self.bar.n)
+    def begin_update(self, threads: int = 1) -> None:
+        self.updating = True
+        torch.set_num_threads(threads)
+
+    def end_update(self, figures: dict) -> None:
+        """Log the figures of the update, evaluate and save, each when it is due."""
+        torch.set_num_threads(1)
+        self.figures.append({name: float(figure) for name, figure in figures.items()})
+        if not all(map(math.isfinite, self.figures[-1].values())):
+            raise FloatingPointError("a loss or a gradient is no longer finite; try a smaller --learning-rate")
+        logging, evaluating, saving = (
+            self.global_step >= self.args.last_step
+            or (every > 0 and self.global_step // every > self.marked["global_step"] // every)
+            for every in (self.args.log_every, self.args.eval_every, self.args.save_every)
+        )
+        if logging:
+            means = {name: sum(f[name] for f in self.figures) / len(self.figures) for name in figures}
+            self.sps = (self.global_step - self.clock[1]) / (time.time() - self.clock[0])
+            self.write(means | {"charts/SPS": self.sps})
+            self.figures = []
+        self.mark()
+        self.updating = False
+        if self.signal:
+            raise KeyboardInterrupt
+        if evaluating:
+            video = self.dir / "videos" / f"{self.global_step}.mp4" if self.args.capture_video else None
+            self.envs = self.envs or eval_envs(self.args)
+            result = evaluate(self.parts["agent"], self.envs, self.args.eval_episodes, self.args.seed, video)
+            self.write(result, video)
+            self.mark()
+            if result["eval/return_mean"] >= self.best:
+                self.best = result["eval/return_mean"]
+                self.save("best.pt")
+        if saving:
+            self.save("checkpoint.pt")
+        if logging or evaluating or saving:
+            self.clock = time.time(), self.global_step
+
+    def __exit__(self, kind, error, trace) -> None:
+        ending, code = "finished", 0
+        if kind is KeyboardInterrupt:
+            ending, code = "stopped", 128 + self.signal
+        elif error:
+            ending, code = f"failed ({error})", 1
+            (self.dir / "error.txt").write_text("".join(traceback.format_exception(error)))
+        if code and not self.updating:  # in the middle of an update the last checkpoint is the good one
+            self.save("checkpoint.pt")
+        self.bar.update(self.global_step - self.bar.n)
         self.bar.close()
         self.file.close()
         if self.wandb:
-            self.run.finish()
+            self.tracker.finish()
+        command = f"{'uv run' if 'UV' in os.environ else 'python'} {sys.argv[0]}"
+        played = "best.pt" if (self.dir / "best.pt").exists() else "checkpoint.pt"
+        kept = load(self.dir / "checkpoint.pt")["global_step"]
+        print(f"The run {ending}; all is kept in {self.dir} as of step {kept:,}.")
+        if code == 1:
+            print(f"What failed, in full: {self.dir / 'error.txt'}")
+        if code:
+            print(f"Continue it: {command} --resume {self.dir}")
+        print(f"Watch it: {command} --evaluate {self.dir / played} --capture-video")
+        sys.exit(code)
 
 
 # ------------------------------------------------------------------------------------------------ main
 
 
-def interrupt(number, frame):
-    raise KeyboardInterrupt(number)
-
-
-def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while there is nothing to save, Ctrl-C simply ends the script
-    args, state = parse()
+def set_up(args: Args) -> tuple[torch.device, Envs, Agent]:
+    """The device, the environments to train on and a new agent for them."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.cuda and device.type == "cpu":
         print("--cuda: no CUDA device was found; going on with the CPU.")
@@ -605,145 +714,70 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # threads of torch beside those that step environments slow both down many times
     envs = Envs(args.env, 1 if args.evaluate else args.num_envs, args.num_threads)
-    learn_threads = os.cpu_count() if envs.image and device.type == "cpu" else 1
     fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
     dtype = torch.bfloat16 if envs.image and fast else torch.float32
     agent = Agent(envs.obs.shape[1:], envs.num_actions, envs.image, dtype)
     agent.to(device, memory_format=torch.channels_last if envs.image else torch.preserve_format)
-    if state:
-        agent.load_state_dict(state["agent"])
     if args.compile:
         agent.compile(mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
+    return device, envs, agent
 
-    @functools.cache
-    def eval_envs() -> Envs:
-        render_mode = "rgb_array" if args.capture_video else None
-        return Envs(args.env, min(args.num_envs, args.eval_episodes), args.num_threads, render_mode)
 
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while there is nothing to save, Ctrl-C simply ends the script
+    args, state = parse()
+    device, envs, agent = set_up(args)
     if args.evaluate:
-        path = Path(args.evaluate)
-        video = path.parent / "videos" / f"{path.stem}.mp4" if args.capture_video else None
-        print(describe(evaluate(agent, eval_envs(), args.eval_episodes, args.seed, video)))
-        return print(f"video: {video}") if video else None
-
-    if args.capture_video:
-        eval_envs()  # one that cannot draw shall say so now
+        agent.load_state_dict(state["agent"])
+        return play(agent, args)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
     scaler = RewardScaler(args.num_envs, args.gamma)
-    global_step, best = 0, -math.inf
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.stats.mean, scaler.stats.var, scaler.stats.count = state["reward_stats"]
-        global_step, best = state["global_step"], state["best"]
-        torch.set_rng_state(state["rng"])
-        if device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"])
-        if global_step + args.batch_size > args.total_timesteps:
-            fail(f"--resume {args.resume} is complete; --total-timesteps beyond {global_step} would continue it.")
-    run_dir = make_run_dir(args, device)
-    log = Log(args, run_dir, state)
-
-    def snapshot() -> dict:
-        """All that a resumed run needs, copied, so that it stays whole while training goes on."""
-        return {
-            "script": SCRIPT,
-            "args": asdict(replace(args, resume="", run_dir=str(run_dir))),
-            "agent": copy.deepcopy(agent.state_dict()),
-            "optimizer": copy.deepcopy(optimizer.state_dict()),
-            "reward_stats": [float(x) for x in (scaler.stats.mean, scaler.stats.var, scaler.stats.count)],
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-            "global_step": global_step,
-            "best": best,
-            **log.state(),
-        }
-
+    learn_threads = os.cpu_count() if envs.image and device.type == "cpu" else 1
+    to_device = functools.partial(torch.as_tensor, device=device)
     shape = args.num_steps, args.num_envs
     obs = torch.zeros((*shape, *envs.obs.shape[1:]), dtype=torch.as_tensor(envs.obs).dtype, device=device)
     actions = torch.zeros(shape, dtype=torch.int64, device=device)
     log_probs, values, final_values = torch.zeros((3, *shape), device=device)
     rewards, (terminated, truncated) = np.zeros(shape, np.float32), np.zeros((2, *shape), bool)
-    to_device = functools.partial(torch.as_tensor, device=device)
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
-    good, ending, code = snapshot(), "finished", 0
-    save(run_dir / "checkpoint.pt", good)
-    try:
-        envs.reset([args.seed, 0, global_step])  # a resumed run meets new episodes
-        while global_step + args.batch_size <= args.total_timesteps:
-            began, remaining = time.time(), 1 - global_step / args.total_timesteps
-            lr = args.learning_rate * (remaining if args.anneal_lr else 1)
-            ent_coef = args.ent_coef * (remaining if args.anneal_ent else 1)
+
+    with Run(args, state, device, agent=agent, optimizer=optimizer, scaler=scaler) as run:
+        envs.reset([args.seed, 0, run.global_step])  # a resumed run meets new episodes
+        while run.global_step < args.last_step:
+            lr = args.learning_rate * (run.remaining if args.anneal_lr else 1)
+            ent_coef = args.ent_coef * (run.remaining if args.anneal_ent else 1)
             optimizer.param_groups[0]["lr"] = lr
 
-            # act
+            # act: every environment takes num_steps steps
             for t in range(args.num_steps):
                 obs[t] = to_device(envs.obs)
                 with torch.no_grad():
-                    logits, values[t] = agent(obs[t])
-                    actions[t], log_probs[t] = sample(logits)
+                    actions[t], log_probs[t], values[t] = agent.act(obs[t])
                 envs.step(actions[t].tolist())
-                terminated[t], truncated[t] = envs.terminated, envs.truncated
-                rewards[t] = scaler(envs.rewards, terminated[t] | truncated[t]) if args.norm_reward else envs.rewards
+                rewards[t], terminated[t], truncated[t] = envs.rewards, envs.terminated, envs.truncated
                 if truncated[t].any():  # a time limit is no end: V of the state in which it struck stands for the rest
                     with torch.no_grad():
                         final_values[t] = agent(to_device(envs.final_obs))[1]
-                global_step += args.num_envs
-                log.episodes(global_step, envs.finished)
+                run.step(args.num_envs, envs.finished)
 
             # learn
-            torch.set_num_threads(learn_threads)
+            run.begin_update(learn_threads)
+            dones = terminated | truncated
+            scaled = scaler(rewards, dones) if args.norm_reward else rewards
             with torch.no_grad():
                 next_values = torch.cat([values[1:], agent(to_device(envs.obs))[1][None]])
             next_values = torch.where(to_device(truncated), final_values, next_values)
             next_values = next_values.masked_fill(to_device(terminated), 0)
-            dones = to_device(terminated | truncated).float()
-            advantages, returns = gae(to_device(rewards), values, next_values, dones, args.gamma, args.gae_lambda)
+            scaled, dones = to_device(scaled, dtype=torch.float32), to_device(dones, dtype=torch.float32)
+            advantages, returns = gae(scaled, values, next_values, dones, args.gamma, args.gae_lambda)
             batch = {"obs": obs, "actions": actions, "log_probs": log_probs, "values": values}
             batch |= {"advantages": advantages, "returns": returns}
             batch = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
             if envs.image:  # convolutions are faster on it; converted once, not in every minibatch
                 batch["obs"] = batch["obs"].contiguous(memory_format=torch.channels_last)
             figures = update(agent, optimizer, args, batch, ent_coef)
-            torch.set_num_threads(1)
-            if not all(math.isfinite(figure) for figure in figures.values()):
-                raise FloatingPointError("the loss or its gradient is no longer finite; try a smaller --learning-rate")
-            figures["losses/explained_variance"] = 1 - float((returns - values).var() / (returns.var() + 1e-8))
-            log.sps = args.batch_size / (time.time() - began)
-            figures |= {"charts/SPS": log.sps, "charts/learning_rate": lr, "charts/ent_coef": ent_coef}
-            log.write(global_step, figures)
-
-            # evaluate, save
-            last = global_step + args.batch_size > args.total_timesteps
-            if last or crossed(global_step, args.batch_size, args.eval_every):
-                video = run_dir / "videos" / f"{global_step}.mp4" if args.capture_video else None
-                result = evaluate(agent, eval_envs(), args.eval_episodes, args.seed, video)
-                log.write(global_step, result, video)
-                if result["eval/return_mean"] >= best:
-                    best = result["eval/return_mean"]
-                    save(run_dir / "best.pt", snapshot())
-            good = snapshot()
-            if last or crossed(global_step, args.batch_size, args.save_every):
-                save(run_dir / "checkpoint.pt", good)
-    except KeyboardInterrupt as interruption:
-        ending, code = "stopped", 128 + interruption.args[0]
-    except Exception as error:
-        ending, code = f"failed ({error})", 1
-        (run_dir / "error.txt").write_text(traceback.format_exc())
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C shall not cut off the saving
-    if code:
-        save(run_dir / "checkpoint.pt", good)
-    log.close()
-    command = f"{'uv run' if 'UV' in os.environ else 'python'} {sys.argv[0]}"
-    played = "best.pt" if (run_dir / "best.pt").exists() else "checkpoint.pt"
-    print(f"The run {ending}; all is kept in {run_dir} as of step {good['global_step']:,}.")
-    if code == 1:
-        print(f"What failed, in full: {run_dir / 'error.txt'}")
-    if code:
-        print(f"Continue it: {command} --resume {run_dir}")
-    print(f"Watch it: {command} --evaluate {run_dir / played} --capture-video")
-    sys.exit(code)
+            explained_variance = 1 - (returns - values).var() / (returns.var() + 1e-8)
+            figures |= {"losses/explained_variance": explained_variance}
+            run.end_update(figures | {"charts/learning_rate": lr, "charts/ent_coef": ent_coef})
 
 
 if __name__ == "__main__":

@@ -219,7 +219,6 @@ def test_checkpoints_that_do_not_fit(script, call, tmp_path, capsys):
     cases = {
         ("--evaluate", run / "best.pt", "--env", "CartPole-v1"): "does not fit the checkpoint",
         ("--resume", run, "--env", "CartPole-v1"): "does not fit the checkpoint",
-        ("--resume", run, "--num-envs", 4): "--num-envs 4 does not fit the checkpoint, which is of --num-envs 2",
         ("--resume", run): "is complete; --total-timesteps beyond 64",
         ("--run-dir", run, *TINY): "holds a run already",
         ("--evaluate", tmp_path / "torn.pt"): "cannot be read as a checkpoint",
@@ -337,9 +336,23 @@ def test_an_environment_that_raises_ends_with_a_sentence(script, call, tmp_path,
 
 def test_nan_ends_with_a_sentence_and_keeps_good_weights(script, call, tmp_path, capsys):
     run = tmp_path / "run"
-    assert call(script, *TINY, "--env", "probes:NotANumber-v0", "--total-timesteps", 640, "--run-dir", run) == 1
+    assert (
+        call(
+            script,
+            *TINY,
+            "--env",
+            "probes:NotANumber-v0",
+            "--total-timesteps",
+            640,
+            "--run-dir",
+            run,
+            "--save-every",
+            80,
+        )
+        == 1
+    )
     assert "no longer finite" in capsys.readouterr().out
     state = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert state["global_step"] == 192
+    assert state["global_step"] == 160  # the last one saved
     assert all(value.isfinite().all() for value in weights(run).values())
-    assert np.isfinite(state["reward_stats"]).all()
+    assert np.isfinite(list(state["scaler"].values())).all()

@@ -1,6 +1,7 @@
 """PPO's numbers against their definitions, and the loop against environments with known answers."""
 
 import math
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -104,12 +105,17 @@ def test_clipped_value_loss(ppo, value, old, target, loss, gradient):
 # ---- sampling and the network
 
 
-def test_sample_follows_the_policy(ppo):
-    probabilities = torch.tensor([0.5, 0.3, 0.2])
-    logits = probabilities.log() + 7
-    actions, log_probs = ppo.sample(logits.expand(20_000, 3), torch.Generator().manual_seed(0))
+def test_actions_follow_the_policy(ppo):
+    agent = ppo.Agent((2,), 3, False)
+    agent.actor.weight.data *= 200
+    obs = torch.ones(20_000, 2)
+    logits, values = agent(obs)
+    actions, log_probs, same = agent.act(obs, torch.Generator().manual_seed(0))
+    probabilities = logits[0].softmax(-1).detach()
+    assert probabilities.max() - probabilities.min() > 0.1
     np.testing.assert_allclose(np.bincount(actions, minlength=3) / 20_000, probabilities, atol=0.015)
     torch.testing.assert_close(log_probs, probabilities.log()[actions])
+    torch.testing.assert_close(values, same)
 
 
 @pytest.mark.parametrize("shape, image", [((5,), False), ((3, 2), False), ((4, 84, 84), True)])
@@ -137,8 +143,7 @@ def batch_of(ppo, agent, n=64):
     torch.manual_seed(3)
     obs = torch.randn(n, 3)
     with torch.no_grad():
-        logits, values = agent(obs)
-        actions, log_probs = ppo.sample(logits)
+        actions, log_probs, values = agent.act(obs)
     batch = {"obs": obs, "actions": actions, "log_probs": log_probs, "values": values}
     return batch | {"advantages": torch.randn(n), "returns": torch.randn(n)}
 
@@ -238,6 +243,10 @@ class Oracle(torch.nn.Module):
 
     def forward(self, obs):
         return self.actor(obs * 0), 100 * obs[:, 0] + obs[:, 1]
+
+    def act(self, obs, generator=None):
+        actions = torch.randint(2, (len(obs),), generator=generator)
+        return actions, torch.full((len(obs),), math.log(0.5)), self(obs)[1]
 
 
 DIARY = "--env probes:Diary-v0 --num-envs 3 --num-steps 16 --num-minibatches 2 --total-timesteps 96 --eval-episodes 3"
@@ -340,13 +349,14 @@ def test_reward_scaler_divides_by_the_deviation_of_the_discounted_return(ppo):
     rng = np.random.default_rng(0)
     rewards, dones = rng.normal(3, 50, (400, 3)), rng.random((400, 3)) < 0.1
     scaler, discounted, returns = ppo.RewardScaler(3, 0.9), np.zeros(3), []
-    for reward, done in zip(rewards, dones, strict=True):
-        scaled = scaler(reward, done)
-        discounted = 0.9 * discounted + reward
-        returns.append(discounted.copy())
-        discounted[done] = 0
-        if len(returns) > 10:
-            np.testing.assert_allclose(scaled, np.clip(reward / np.std(returns), -10, 10), rtol=1e-3)
+    for start in range(0, 400, 40):
+        rollout = slice(start, start + 40)
+        scaled = scaler(rewards[rollout], dones[rollout])
+        for reward, done in zip(rewards[rollout], dones[rollout], strict=True):
+            discounted = 0.9 * discounted + reward
+            returns.append(discounted.copy())
+            discounted[done] = 0
+        np.testing.assert_allclose(scaled, np.clip(rewards[rollout] / np.std(returns), -10, 10), rtol=1e-4)
 
 
 def test_frames_repeat_the_action_and_stop_at_the_end(ppo):
@@ -428,14 +438,14 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(ppo, call, monkeyp
         calls.n += 1
         figures = original(*args)
         if calls.n == 5:
-            raise KeyboardInterrupt(15)  # after the weights have changed and before anything was saved
+            signal.raise_signal(signal.SIGTERM)  # the weights have changed, nothing was logged or saved yet
         return figures
 
     monkeypatch.setattr(ppo, "update", interrupted)
     assert call(ppo, *flags, "--run-dir", tmp_path / "cut") == 143
-    assert ppo.load(tmp_path / "cut" / "checkpoint.pt")["global_step"] == 128
+    assert ppo.load(tmp_path / "cut" / "checkpoint.pt")["global_step"] == 160
     assert call(ppo, "--resume", tmp_path / "cut") == 0
-    assert calls.n == 11
+    assert calls.n == 10
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     whole, cut, clocks = metrics(tmp_path / "whole"), metrics(tmp_path / "cut"), ("time", "charts/SPS")
     for a, b in zip(whole, cut, strict=True):
