@@ -1,0 +1,795 @@
+# /// script
+# requires-python = ">=3.13"
+# dependencies = [
+#     "torch>=2.8,<3",
+#     "gymnasium[box2d,classic-control]>=1.2.3,<2",
+#     "gym-super-mario-bros>=9,<10",
+#     "numpy>=2.1,<3",
+#     "opencv-python-headless>=4.11,<6",
+#     "moviepy>=2.1,<3",
+#     "tqdm>=4.66,<5",
+#     "tyro>=0.9,<2",
+#     "wandb>=0.31,<1",
+# ]
+# ///
+r"""Trust region policy optimisation: how do we take only safe steps?
+
+TODO
+"""
+
+import contextlib
+import difflib
+import functools
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import cv2
+import gym_super_mario_bros  # noqa: F401, makes the Mario ids known
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from gym_super_mario_bros.actions import SIMPLE_MOVEMENT
+from gymnasium.wrappers.utils import RunningMeanStd
+from nes_py import NESEnv
+from nes_py.wrappers import JoypadSpace
+from torch.nn.utils import vector_to_parameters
+from tqdm import tqdm
+
+SCRIPT = "trpo"
+
+
+@dataclass
+class Args:
+    env: str = "SuperMarioBros-1-1-v0"  # Gymnasium id; package.module:Id-v0 imports the module first
+    seed: int = 1  # seed of everything random in the run
+    cuda: bool = False  # compute on the GPU, if there is one
+    total_timesteps: int = 2_000_000  # agent steps to train for, all environments together
+    num_envs: int = 16  # environments played in parallel
+    num_threads: int = 0  # threads that step them; 0: one more than cores for images, one for vectors
+    learning_rate: float = 1e-3  # step size of the optimiser (of the critic: the policy has none)
+    gamma: float = 0.9  # discount factor
+    eval_episodes: int = 20  # episodes per evaluation
+    eval_every: int = 100_000  # agent steps between evaluations; 0: only at the end
+    save_every: int = 20_000  # agent steps between checkpoints; 0: only at the end
+    log_every: int = 1_000  # agent steps between lines of losses, each the mean of the updates since the last
+    run_dir: str = ""  # folder of the run; empty: runs/<env>__<script>__<seed>__<time>
+    resume: str = ""  # folder of a run to continue
+    evaluate: str = ""  # checkpoint to play, without training
+    capture_video: bool = False  # record the first episode of each evaluation
+    track: bool = False  # send metrics and videos to Weights & Biases
+    wandb_project_name: str = "rl-ladder"  # project to track the run in
+    wandb_entity: str = ""  # team to track it under; empty: your own
+    compile: bool = False  # compile the network (CUDA graphs on a GPU): slower start, faster updates
+    # TRPO
+    num_steps: int = 128  # steps of each environment per rollout
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
+    max_kl: float = 0.01  # delta of equation (4): how far one update may move the policy
+    cg_iterations: int = 10  # conjugate gradient iterations
+    cg_damping: float = 0.1  # multiple of the identity added to the Fisher matrix
+    fisher_every: int = 5  # the Fisher matrix is estimated from every n-th state
+    backtracks: int = 10  # step lengths that the line search tries
+    backtrack_coef: float = 0.8  # each of them this much shorter than the one before
+    value_epochs: int = 5  # passes of the critic over each rollout
+    value_batch_size: int = 256  # its minibatches
+    norm_adv: bool = True  # standardise the advantages of each batch
+    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
+    anneal_lr: bool = True  # let the learning rate fall linearly to 0
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    @property
+    def last_step(self) -> int:  # where training ends: after whole batches only
+        return self.total_timesteps // self.batch_size * self.batch_size
+
+
+def fail(sentence: str):
+    """End at a user's mistake: one sentence, exit code 2."""
+    print(sentence, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check(args: Args) -> None:
+    """End with exit code 2 at the first flag whose value cannot work."""
+    rules = {
+        "at least 1": (
+            1,
+            math.inf,
+            "num_envs eval_episodes num_steps cg_iterations fisher_every backtracks value_epochs value_batch_size",
+        ),
+        "from 0 to 2147483647": (0, 2**31 - 1, "seed num_threads eval_every save_every log_every cg_damping"),
+        "from 0 to 1": (0, 1, "gamma gae_lambda backtrack_coef"),
+        "a positive number": (5e-324, 1e300, "learning_rate max_kl"),
+    }
+    for remedy, (low, high, names) in rules.items():
+        for name in names.split():
+            if not low <= getattr(args, name) <= high:
+                fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot work; it must be {remedy}.")
+    batch = f"the batch of --num-envs x --num-steps = {args.batch_size} steps"
+    if args.total_timesteps < args.batch_size:
+        fail(f"--total-timesteps {args.total_timesteps} cannot work; it must be at least {batch}.")
+
+
+def parse() -> tuple[Args, dict]:
+    """Command line -> flags, and the checkpoint to resume or evaluate ({} for a new run)."""
+    description = (__doc__ or "").partition("\n\n")[0]
+    args, state = tyro.cli(Args, description=description), {}
+    if args.resume and args.evaluate:
+        fail(f"--resume {args.resume} and --evaluate {args.evaluate} cannot work together; leave one out.")
+    if args.resume or args.evaluate:
+        state = load(Path(args.evaluate or f"{args.resume}/checkpoint.pt"))
+        args = tyro.cli(Args, description=description, default=Args(**state["args"]))  # given flags win over saved ones
+        saved = state["args"]["env"]
+        if args.env != saved:
+            fail(f"--env {args.env} does not fit the checkpoint, which is of --env {saved}; leave it out.")
+    check(args)
+    if args.resume and state["global_step"] >= args.last_step:
+        fail(f"--resume {args.resume} is complete; --total-timesteps beyond {state['global_step']} would continue it.")
+    return args, state
+
+
+# ------------------------------------------------------------------------------------------------ environments
+
+
+class Frames(gym.Wrapper):
+    """Images as Mnih et al. (2015) feed them: one action lasts 4 frames, every 4th frame is shrunk to 84 x 84 grey
+    pixels, the latest 4 of those are the observation. It is overwritten by the next step: copy what you keep."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+        self.metadata = env.metadata | {"render_fps": env.metadata.get("render_fps", 60) / 4}
+        self.frames = np.zeros((4, 84, 84), np.uint8)
+
+    def shrink(self, image: np.ndarray) -> np.ndarray:
+        if isinstance(self.unwrapped, NESEnv):  # the emulator's own grey screen: 8 times faster than OpenCV's
+            image = self.unwrapped.observation("grayscale")
+        elif image.shape[-1] == 3:
+            image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+        return cv2.resize(image, (84, 84), interpolation=cv2.INTER_AREA)
+
+    def reset(self, **kwargs):
+        image, info = self.env.reset(**kwargs)
+        self.frames[:] = self.shrink(image)
+        return self.frames, info
+
+    def step(self, action):
+        total = 0.0
+        for _ in range(4):
+            image, reward, terminated, truncated, info = self.env.step(action)
+            total += reward
+            if terminated or truncated:
+                break
+        self.frames[:-1] = self.frames[1:]
+        self.frames[-1] = self.shrink(image)
+        return self.frames, total, terminated, truncated, info
+
+
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+    """One environment, ready for the agent. Exit code 2 if there is none of this id or its spaces do not fit."""
+    module, _, name = env_id.rpartition(":")
+    if render_mode == "rgb_array":
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without looking for a screen
+    try:
+        if module:
+            importlib.import_module(module)
+        if name not in gym.registry:
+            near = difflib.get_close_matches(name, gym.registry, 4, 0.4)
+            fail(f"--env {env_id} is unknown; the nearest ids are: {', '.join(near) or 'none'}.")
+        render = {"render_mode": render_mode} if render_mode else {}  # an environment need not know the word
+        env = gym.make(name, disable_env_checker=True, **render)
+    except Exception as error:
+        fail(f"--env {env_id} cannot be made; {type(error).__name__} says: {error}")
+    if isinstance(env.unwrapped, NESEnv):
+        env = JoypadSpace(env, SIMPLE_MOVEMENT)
+    for space, kind in ((env.action_space, gym.spaces.Discrete), (env.observation_space, gym.spaces.Box)):
+        if not isinstance(space, kind):
+            fail(f"--env {env_id} cannot work; {SCRIPT}.py needs a {kind.__name__} space where it has {space}.")
+    shape = env.observation_space.shape
+    image = env.observation_space.dtype == np.uint8 and len(shape) == 3 and shape[-1] in (1, 3)
+    return Frames(env) if image else env
+
+
+class Envs:
+    """Environments stepped together, in threads where that pays: the NES emulator releases Python's lock.
+
+    Every array has one row per environment and is overwritten by the next step. Where an episode ends, `obs` already
+    holds the first observation of the next one, `final_obs` the last of the old, and `finished` its figures.
+    """
+
+    def __init__(self, env_id: str, num_envs: int, num_threads: int = 0, render_mode: str | None = None):
+        self.envs = [make_env(env_id, render_mode if i == 0 else None) for i in range(num_envs)]
+        space, actions = self.envs[0].observation_space, self.envs[0].action_space
+        self.image = isinstance(self.envs[0], Frames)
+        self.num_actions, self.first_action = int(actions.n), int(actions.start)
+        self.obs = np.zeros((num_envs, *space.shape), np.uint8 if self.image else np.float32)
+        self.final_obs, self.finished = self.obs.copy(), {}
+        self.rewards, self.returns, self.lengths = np.zeros((3, num_envs))
+        self.terminated, self.truncated = np.zeros((2, num_envs), bool)
+        num_threads = min(num_envs, num_threads or (os.cpu_count() + 1 if self.image else 1))
+        self.map = ThreadPoolExecutor(num_threads).map if num_threads > 1 else map
+
+    def reset(self, seed: int | list[int]) -> None:
+        """Begin new episodes, each environment with a seed of its own drawn from `seed`."""
+        for i, s in enumerate(np.random.SeedSequence(seed).generate_state(len(self.envs))):
+            self.obs[i], _ = self.envs[i].reset(seed=int(s))
+        self.returns[:] = self.lengths[:] = 0
+
+    def step(self, actions: list[int], rows=None) -> None:
+        """Step the environments in `rows` (default: all) with their actions, one per environment."""
+        self.finished = {}
+        deque(self.map(self.step_one, range(len(self.envs)) if rows is None else rows, actions), maxlen=0)
+
+    def step_one(self, i: int, action: int) -> None:
+        try:
+            obs, reward, terminated, truncated, info = self.envs[i].step(action + self.first_action)
+            self.obs[i], self.rewards[i] = obs, reward
+            self.terminated[i], self.truncated[i] = terminated, truncated and not terminated
+            self.returns[i] += reward
+            self.lengths[i] += 1
+            if terminated or truncated:
+                figures = {"episodic_return": float(self.returns[i]), "episodic_length": int(self.lengths[i])}
+                if "flag_get" in info:
+                    figures |= {"flag": int(info["flag_get"]), "x_pos": int(info["x_pos"])}
+                self.final_obs[i], self.finished[i] = obs, figures
+                self.returns[i] = self.lengths[i] = 0
+                self.obs[i], _ = self.envs[i].reset()
+        except Exception as error:
+            raise RuntimeError(f"environment {i} raised {type(error).__name__}: {error}") from error
+
+
+class RewardScaler:
+    """Divides rewards by the running deviation of the discounted return, so that one learning rate fits environments
+    whose rewards are a hundred times apart. No mean is subtracted: a reward keeps its sign."""
+
+    def __init__(self, num_envs: int, gamma: float):
+        self.gamma, self.returns, self.stats = gamma, np.zeros(num_envs), RunningMeanStd()
+
+    def __call__(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
+        """rewards (T, N) and dones (T, N), the steps that follow those of the last call -> scaled rewards (T, N)."""
+        returns = np.empty(rewards.shape)
+        for t in range(len(rewards)):
+            self.returns = returns[t] = rewards[t] + self.gamma * self.returns
+            self.returns = np.where(dones[t], 0, self.returns)
+        self.stats.update(returns.ravel())
+        return np.clip(rewards / np.sqrt(self.stats.var + 1e-8), -10, 10)
+
+    def state_dict(self) -> dict:
+        return {name: float(getattr(self.stats, name)) for name in ("mean", "var", "count")}
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self.stats).update(state)
+
+
+# ------------------------------------------------------------------------------------------------ network
+
+
+def layer(module: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
+    """Orthogonal weights, zero biases."""
+    nn.init.orthogonal_(module.weight, gain)
+    nn.init.zeros_(module.bias)
+    return module
+
+
+def trunk(obs_shape: tuple, image: bool) -> nn.Sequential:
+    """Observations (B, *obs_shape) -> features: the CNN of Mnih et al. (2015) or two layers of 64."""
+    if image:
+        convs = layer(nn.Conv2d(4, 32, 8, 4)), layer(nn.Conv2d(32, 64, 4, 2)), layer(nn.Conv2d(64, 64, 3))
+        modules = [module for conv in convs for module in (conv, nn.ReLU())]
+        return nn.Sequential(*modules, nn.Flatten(), layer(nn.Linear(64 * 7 * 7, 512)), nn.ReLU())
+    first = layer(nn.Linear(math.prod(obs_shape), 64))
+    return nn.Sequential(nn.Flatten(), first, nn.Tanh(), layer(nn.Linear(64, 64)), nn.Tanh())
+
+
+class Agent(nn.Module):
+    """The policy pi(a|s) and the value V(s), two networks that share nothing."""
+
+    def __init__(self, obs_shape: tuple, num_actions: int, image: bool, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.image, self.dtype = image, dtype
+        self.actor_trunk, self.critic_trunk = trunk(obs_shape, image), trunk(obs_shape, image)
+        self.actor = layer(nn.Linear(512 if image else 64, num_actions), 0.01)
+        self.critic = layer(nn.Linear(512 if image else 64, 1), 1)
+
+    def features(self, network: nn.Module, obs: torch.Tensor) -> torch.Tensor:
+        if self.image:
+            obs = obs.to(self.dtype, memory_format=torch.channels_last).div_(255)
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return network(obs).float()
+
+    def policy(self, obs: torch.Tensor) -> torch.Tensor:
+        """obs (B, *obs_shape) -> logits (B, num_actions), in float32."""
+        return self.actor(self.features(self.actor_trunk, obs))
+
+    def value(self, obs: torch.Tensor) -> torch.Tensor:
+        """obs (B, *obs_shape) -> values (B,), in float32."""
+        return self.critic(self.features(self.critic_trunk, obs)).squeeze(-1)
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.policy(obs), self.value(obs)
+
+    def act(self, obs: torch.Tensor, generator=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """obs (B, *obs_shape) -> actions (B,) drawn from the policy, their log pi(a|s) (B,), values (B,)."""
+        logits, values = self(obs)
+        log_probs = F.log_softmax(logits, -1)
+        actions = torch.multinomial(log_probs.detach().exp(), 1, generator=generator)
+        return actions.squeeze(-1), log_probs.gather(-1, actions).squeeze(-1), values
+
+
+# ------------------------------------------------------------------------------------------------ algorithm
+
+
+def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, equation 16) -> advantages, returns; all (T, N).
+
+    next_values[t] is V of the state to which step t really led: 0 if the episode terminated there, V(last observation)
+    if a time limit cut it. dones[t] is 1 in both cases, as no advantage flows back from one episode into another.
+    """
+    deltas = rewards + gamma * next_values - values  # the TD errors, equation (3)
+    decay = gamma * gae_lambda * (1 - dones)
+    advantages, advantage = torch.zeros_like(deltas), torch.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        advantages[t] = advantage = deltas[t] + decay[t] * advantage
+    return advantages, advantages + values
+
+
+def value_loss(values: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
+    """Half the mean squared error of V; (B,), (B,) -> scalar."""
+    return 0.5 * ((values - returns) ** 2).mean()
+
+
+def fit_values(agent: Agent, optimizer, args: Args, batch: dict) -> dict:
+    """Regress V on the returns, in minibatches -> the mean loss. batch holds obs and returns, a row per step."""
+    losses = []
+    for _ in range(args.value_epochs):
+        for rows in torch.randperm(len(batch["returns"])).split(args.value_batch_size):
+            loss = value_loss(agent.value(batch["obs"][rows]), batch["returns"][rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+    return {"losses/value_loss": torch.stack(losses).mean()}
+
+
+def kl_divergence(old_log_probs: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    """Mean over the states of KL(old || new), from log pi(.|s) of both, (B, num_actions) -> scalar."""
+    return (old_log_probs.exp() * (old_log_probs - log_probs)).sum(-1).mean()
+
+
+def flatten(tensors) -> torch.Tensor:
+    """Tensors of any shape -> one vector (P,)."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def fisher_product(agent: Agent, obs: torch.Tensor, damping: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The map v -> (F + damping I) v, (P,) -> (P,), for the P parameters of the policy.
+
+    F, the Fisher matrix, is the Hessian of KL(old || new) at new = old. Its product with v is the gradient of
+    (gradient of the KL) . v: twice backwards through the network, and no P x P matrix anywhere.
+    """
+    parameters = [*agent.actor_trunk.parameters(), *agent.actor.parameters()]
+    log_probs = F.log_softmax(agent.policy(obs), -1)
+    kl_grad = torch.autograd.grad(kl_divergence(log_probs.detach(), log_probs), parameters, create_graph=True)
+    kl_grad = flatten(kl_grad)
+
+    def product(v: torch.Tensor) -> torch.Tensor:
+        Fv = torch.autograd.grad(kl_grad @ v, parameters, retain_graph=True)
+        return flatten(Fv) + damping * v
+
+    return product
+
+
+def conjugate_gradient(product, g: torch.Tensor, iterations: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Solve F x = g for x, (P,), knowing F only by its products -> x, |F x - g|^2 (Hestenes & Stiefel 1952)."""
+    x, residual, direction = torch.zeros_like(g), g.clone(), g.clone()
+    squared = residual @ residual
+    for _ in range(iterations):
+        if squared < 1e-10:
+            break
+        Fd = product(direction)
+        alpha = squared / (direction @ Fd)
+        x += alpha * direction
+        residual -= alpha * Fd
+        previous, squared = squared, residual @ residual
+        direction = residual + squared / previous * direction
+    return x, squared
+
+
+def update(agent: Agent, args: Args, batch: dict) -> dict:
+    """One step of the policy inside its trust region, equation (4) -> what it promised and what it brought.
+
+    batch holds obs, actions and advantages, with batch_size rows each. Where no step both improves the surrogate and
+    keeps KL <= max_kl, the policy stays as it was, to the bit.
+    """
+    parameters = [*agent.actor_trunk.parameters(), *agent.actor.parameters()]
+    actions, advantages = batch["actions"][:, None], batch["advantages"]
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+    def surrogate(log_probs: torch.Tensor) -> torch.Tensor:
+        log_ratio = (log_probs - old_log_probs).gather(-1, actions).squeeze(-1)
+        return (log_ratio.exp() * advantages).mean()
+
+    log_probs = F.log_softmax(agent.policy(batch["obs"]), -1)
+    old_log_probs = log_probs.detach()
+    old_surrogate = surrogate(log_probs)
+    g = flatten(torch.autograd.grad(old_surrogate, parameters))
+    product = fisher_product(agent, batch["obs"][:: args.fisher_every], args.cg_damping)
+    x, residual = conjugate_gradient(product, g, args.cg_iterations)  # x = F^-1 g, the natural gradient
+    full_step = (2 * args.max_kl / (x @ product(x)).clamp(min=1e-8)).sqrt() * x  # the quadratic model's KL is max_kl
+
+    old, kl, improvement, tries = flatten(parameters).detach(), torch.zeros(()), torch.zeros(()), 0
+    with torch.no_grad():
+        while tries < args.backtracks:
+            vector_to_parameters(old + args.backtrack_coef**tries * full_step, parameters)
+            tries += 1
+            log_probs = F.log_softmax(agent.policy(batch["obs"]), -1)
+            kl, improvement = kl_divergence(old_log_probs, log_probs), surrogate(log_probs) - old_surrogate
+            if improvement > 0 and kl <= args.max_kl:
+                break
+        else:
+            vector_to_parameters(old, parameters)
+            kl = improvement = torch.zeros(())
+    figures = {"kl": kl, "improvement": improvement, "expected_improvement": g @ full_step, "line_search_steps": tries}
+    figures |= {"accepted": improvement > 0, "cg_residual": residual, "grad_norm": g.norm()}
+    figures["entropy"] = -(old_log_probs.exp() * old_log_probs).sum(-1).mean()
+    return {f"losses/{name}": figure for name, figure in figures.items()}
+
+
+# ------------------------------------------------------------------------------------------------ evaluate
+
+
+@torch.no_grad()
+def evaluate(agent: Agent, envs: Envs, episodes: int, seed: int, video: Path | None = None) -> dict:
+    """Play whole episodes, actions drawn from the policy -> eval/... figures.
+
+    Each environment plays a number of episodes fixed beforehand, so that short ones do not crowd out long ones, and
+    the random numbers come from a generator of their own, so that evaluating leaves training as it was.
+    """
+    device = next(agent.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    left = np.array([len(range(i, episodes, len(envs.envs))) for i in range(len(envs.envs))])
+    results, writer = [], None
+    envs.reset([seed, 1])
+    while left.any():
+        if video:
+            frame = envs.envs[0].render()
+            writer = writer or open_video(video, frame, envs.envs[0].metadata.get("render_fps", 30))
+            writer.write_frame(frame)
+        actions, *_ = agent.act(torch.as_tensor(envs.obs, device=device), generator)
+        rows = np.flatnonzero(left)
+        envs.step(actions[rows].tolist(), rows)
+        for i, episode in sorted(envs.finished.items()):
+            results.append(episode)
+            left[i] -= 1
+        if writer and 0 in envs.finished:
+            writer.close()
+            video = writer = None
+    figures = {"eval/episodes": float(episodes)}
+    for name in results[0]:
+        column, name = np.array([episode[name] for episode in results]), name.removeprefix("episodic_")
+        figures |= {f"eval/{name}_{f}": float(getattr(column, f)()) for f in ("mean", "std", "max")}
+    if "eval/flag_mean" in figures:
+        figures["eval/flag_rate"] = figures["eval/flag_mean"]
+    return figures
+
+
+def open_video(path: Path, frame: np.ndarray, fps: float):
+    """An mp4 encoder for frames of this size; it takes them one by one, so no frame needs to be kept or copied."""
+    from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FFMPEG_VideoWriter(str(path), frame.shape[1::-1], fps)
+
+
+def eval_envs(args: Args) -> Envs:
+    """The environments of an evaluation; the first one draws if videos are wanted."""
+    return Envs(args.env, min(args.eval_episodes, 16), args.num_threads, "rgb_array" if args.capture_video else None)
+
+
+def play(agent: Agent, args: Args) -> None:
+    """--evaluate: play a checkpoint and say how it did."""
+    path = Path(args.evaluate)
+    video = path.parent / "videos" / f"{path.stem}.mp4" if args.capture_video else None
+    r = evaluate(agent, eval_envs(args), args.eval_episodes, args.seed, video)
+    text = f"{args.eval_episodes} episodes: return {r['eval/return_mean']:.1f} +- {r['eval/return_std']:.1f}"
+    if "eval/flag_rate" in r:
+        text += f", flag {r['eval/flag_rate']:.0%}, x {r['eval/x_pos_mean']:.0f} +- {r['eval/x_pos_std']:.0f}"
+    print(text + (f"\nvideo: {video}" if video else ""))
+
+
+# ------------------------------------------------------------------------------------------------ save, load, log
+
+
+def save(path: Path, state: dict) -> None:
+    """Write to a temporary file, flush, rename: a kill at any moment leaves the previous checkpoint whole."""
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+def load(path: Path) -> dict:
+    """Read a checkpoint of this script. weights_only: a file from a stranger cannot run code."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        script, _ = state["script"], state["agent"]
+    except FileNotFoundError:
+        fail(f"There is no checkpoint {path}; name a run or a file that exists.")
+    except Exception as error:
+        fail(f"{path} cannot be read as a checkpoint ({type(error).__name__}); try best.pt or checkpoint.pt of a run.")
+    if script != SCRIPT:
+        fail(f"{path} is a checkpoint of {script}.py; {SCRIPT}.py cannot use it, {script}.py can.")
+    return state
+
+
+class Run:
+    """What surrounds the training: folder, log, evaluations, checkpoints, and the end, however it comes.
+
+    `parts` (agent, optimiser, ...) are what a resumed run continues with, each saved and loaded by its state_dict.
+    """
+
+    def __init__(self, args: Args, state: dict, device: torch.device, **parts):
+        self.args, self.device, self.parts = args, device, parts
+        self.global_step, self.best = state.get("global_step", 0), state.get("best", -math.inf)
+        self.envs = eval_envs(args) if args.capture_video else None  # one that cannot draw shall say so now
+        for name, part in parts.items() if state else ():
+            part.load_state_dict(state[name])
+        if state:
+            torch.set_rng_state(state["rng"])
+        if state and device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"])
+        name = f"{args.env}__{SCRIPT}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+        self.dir = Path(args.resume or args.run_dir or f"runs/{name}")
+        if (self.dir / "checkpoint.pt").exists() and not args.resume:
+            fail(f"--run-dir {self.dir} holds a run already; continue it with --resume {self.dir} or name another.")
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"--run-dir {self.dir} cannot be made ({error.strerror}); name another folder.")
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = None
+        with contextlib.suppress(OSError):  # no git here
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        packages = "torch", "gymnasium", "gym-super-mario-bros", "numpy"
+        versions = {package: importlib.metadata.version(package) for package in packages}
+        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} x {platform.machine()}"
+        config = {"script": SCRIPT, **asdict(args), "versions": versions, "device": name, "commit": commit}
+        (self.dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+        self.file = open(self.dir / "metrics.jsonl", "ab", buffering=0)  # one write per line: a kill tears none
+        self.file.truncate(min(state.get("metrics_bytes", 0), self.file.tell()))  # what followed is played again
+        self.began = time.time() - state.get("seconds", 0)
+        self.clock, self.shown, self.sps = (time.time(), self.global_step), time.time(), 0.0
+        self.recent, self.figures, self.wandb = deque(maxlen=100), [], None
+        total, hidden = args.total_timesteps, not sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=self.global_step, unit=" steps", disable=hidden, dynamic_ncols=True)
+        if args.track:
+            import wandb
+
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity or None, "name": self.dir.name}
+            names |= {"dir": str(self.dir), "id": state.get("wandb_id"), "resume": "allow" if state else None}
+            if not (os.environ.get("WANDB_MODE") or sys.stdin.isatty() or wandb.login(prompt=False, verify=False)):
+                names["mode"] = "offline"  # without a key and a terminal wandb could only ask a question into the void
+            self.wandb, self.tracker = wandb, wandb.init(**names, config=asdict(args))
+            self.tracker.define_metric("*", step_metric="global_step")
+
+    def __enter__(self):
+        self.signal, self.updating = None, False
+        signal.signal(signal.SIGINT, self.interrupt)
+        signal.signal(signal.SIGTERM, self.interrupt)
+        self.mark()
+        self.save("checkpoint.pt")
+        return self
+
+    def interrupt(self, number, frame) -> None:
+        """Ctrl-C ends the run at once, but an update first becomes whole; a second Ctrl-C does not cut off saving."""
+        first, self.signal = self.signal is None, number
+        if first and not self.updating:
+            raise KeyboardInterrupt
+
+    def mark(self) -> None:
+        """Remember the point to which a resumed run goes back: the weights have changed and nothing else since."""
+        rng, cuda_rng = torch.get_rng_state(), torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        self.marked = {"global_step": self.global_step, "rng": rng, "cuda_rng": cuda_rng}
+        self.marked |= {"metrics_bytes": self.file.tell(), "seconds": time.time() - self.began}
+
+    def save(self, name: str) -> None:
+        args = asdict(replace(self.args, resume="", run_dir=str(self.dir)))
+        state = {"script": SCRIPT, "args": args, "best": self.best, "wandb_id": self.wandb and self.tracker.id}
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        save(self.dir / name, {**state, **parts, **self.marked})
+
+    def write(self, figures: dict, video: Path | None = None) -> None:
+        figures = {"global_step": self.global_step, "time": round(time.time() - self.began, 3), **figures}
+        self.file.write(json.dumps(figures).encode() + b"\n")
+        if self.wandb:
+            self.tracker.log(figures | ({"videos/eval": self.wandb.Video(str(video))} if video else {}))
+
+    def step(self, steps: int, finished: dict) -> None:
+        """Count agent steps, log the episodes that ended with them."""
+        self.global_step += steps
+        for _, episode in sorted(finished.items()):
+            self.recent.append(episode)
+            self.write({f"charts/{name}": figure for name, figure in episode.items()})
+        if time.time() - self.shown > (5 if self.bar.disable else 0.2):
+            self.show()
+
+    def show(self) -> None:
+        """Progress: a bar on a terminal, a line every 5 seconds elsewhere."""
+        self.shown, text = time.time(), ""
+        if self.recent:
+            mean = {name: np.mean([episode[name] for episode in self.recent]) for name in self.recent[0]}
+            text = f"return {mean['episodic_return']:.1f}"
+            text += f", flag {mean['flag']:.0%}, x {mean['x_pos']:.0f}" if "flag" in mean else ""
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(self.global_step - self.bar.n)
+        if self.bar.disable:
+            print(f"{self.global_step:,} of {self.bar.total:,} steps, {self.sps:,.0f} steps/s, {text}", flush=True)
+
+    @property
+    def remaining(self) -> float:
+        """The share of the training that lies ahead, for schedules."""
+        return 1 - self.global_step / self.args.total_timesteps
+
+    def begin_update(self, threads: int = 1) -> None:
+        self.updating = True
+        torch.set_num_threads(threads)
+
+    def end_update(self, figures: dict) -> None:
+        """Log the figures of the update, evaluate and save, each when it is due."""
+        torch.set_num_threads(1)
+        self.figures.append({name: float(figure) for name, figure in figures.items()})
+        if not all(map(math.isfinite, self.figures[-1].values())):
+            raise FloatingPointError("a loss or a gradient is no longer finite; try a smaller --learning-rate")
+        logging, evaluating, saving = (
+            self.global_step >= self.args.last_step
+            or (every > 0 and self.global_step // every > self.marked["global_step"] // every)
+            for every in (self.args.log_every, self.args.eval_every, self.args.save_every)
+        )
+        if logging:
+            means = {name: sum(f[name] for f in self.figures) / len(self.figures) for name in figures}
+            self.sps = (self.global_step - self.clock[1]) / (time.time() - self.clock[0])
+            self.write(means | {"charts/SPS": self.sps})
+            self.figures = []
+        self.mark()
+        self.updating = False
+        if self.signal:
+            raise KeyboardInterrupt
+        if evaluating:
+            video = self.dir / "videos" / f"{self.global_step}.mp4" if self.args.capture_video else None
+            self.envs = self.envs or eval_envs(self.args)
+            result = evaluate(self.parts["agent"], self.envs, self.args.eval_episodes, self.args.seed, video)
+            self.write(result, video)
+            self.mark()
+            if result["eval/return_mean"] >= self.best:
+                self.best = result["eval/return_mean"]
+                self.save("best.pt")
+        if saving:
+            self.save("checkpoint.pt")
+        if logging or evaluating or saving:
+            self.clock = time.time(), self.global_step
+
+    def __exit__(self, kind, error, trace) -> None:
+        ending, code = "finished", 0
+        if kind is KeyboardInterrupt:
+            ending, code = "stopped", 128 + self.signal
+        elif error:
+            ending, code = f"failed ({error})", 1
+            (self.dir / "error.txt").write_text("".join(traceback.format_exception(error)))
+        if code and not self.updating:  # in the middle of an update the last checkpoint is the good one
+            self.save("checkpoint.pt")
+        self.bar.update(self.global_step - self.bar.n)
+        self.bar.close()
+        self.file.close()
+        if self.wandb:
+            self.tracker.finish()
+        command = f"{'uv run' if 'UV' in os.environ else 'python'} {sys.argv[0]}"
+        played = "best.pt" if (self.dir / "best.pt").exists() else "checkpoint.pt"
+        kept = load(self.dir / "checkpoint.pt")["global_step"]
+        print(f"The run {ending}; all is kept in {self.dir} as of step {kept:,}.")
+        if code == 1:
+            print(f"What failed, in full: {self.dir / 'error.txt'}")
+        if code:
+            print(f"Continue it: {command} --resume {self.dir}")
+        print(f"Watch it: {command} --evaluate {self.dir / played} --capture-video")
+        sys.exit(code)
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+
+def set_up(args: Args) -> tuple[torch.device, Envs, Agent]:
+    """The device, the environments to train on and a new agent for them."""
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.cuda and device.type == "cpu":
+        print("--cuda: no CUDA device was found; going on with the CPU.")
+    elif not args.cuda and torch.cuda.is_available():
+        print("A CUDA device was found; --cuda would use it.")
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # threads of torch beside those that step environments slow both down many times
+    envs = Envs(args.env, 1 if args.evaluate else args.num_envs, args.num_threads)
+    fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    dtype = torch.bfloat16 if envs.image and fast else torch.float32
+    agent = Agent(envs.obs.shape[1:], envs.num_actions, envs.image, dtype)
+    agent.to(device, memory_format=torch.channels_last if envs.image else torch.preserve_format)
+    if args.compile:
+        agent.compile(mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
+    return device, envs, agent
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while there is nothing to save, Ctrl-C simply ends the script
+    args, state = parse()
+    device, envs, agent = set_up(args)
+    if args.evaluate:
+        agent.load_state_dict(state["agent"])
+        return play(agent, args)
+    critic = [*agent.critic_trunk.parameters(), *agent.critic.parameters()]
+    optimizer = torch.optim.Adam(critic, args.learning_rate, eps=1e-5, fused=True)
+    scaler = RewardScaler(args.num_envs, args.gamma)
+    learn_threads = os.cpu_count() if envs.image and device.type == "cpu" else 1
+    to_device = functools.partial(torch.as_tensor, device=device)
+    shape = args.num_steps, args.num_envs
+    obs = torch.zeros((*shape, *envs.obs.shape[1:]), dtype=torch.as_tensor(envs.obs).dtype, device=device)
+    actions = torch.zeros(shape, dtype=torch.int64, device=device)
+    values, final_values = torch.zeros((2, *shape), device=device)
+    rewards, (terminated, truncated) = np.zeros(shape, np.float32), np.zeros((2, *shape), bool)
+
+    with Run(args, state, device, agent=agent, optimizer=optimizer, scaler=scaler) as run:
+        envs.reset([args.seed, 0, run.global_step])  # a resumed run meets new episodes
+        while run.global_step < args.last_step:
+            lr = args.learning_rate * (run.remaining if args.anneal_lr else 1)
+            optimizer.param_groups[0]["lr"] = lr
+
+            # act: every environment takes num_steps steps
+            for t in range(args.num_steps):
+                obs[t] = to_device(envs.obs)
+                with torch.no_grad():
+                    actions[t], _, values[t] = agent.act(obs[t])
+                envs.step(actions[t].tolist())
+                rewards[t], terminated[t], truncated[t] = envs.rewards, envs.terminated, envs.truncated
+                if truncated[t].any():  # a time limit is no end: V of the state in which it struck stands for the rest
+                    with torch.no_grad():
+                        final_values[t] = agent(to_device(envs.final_obs))[1]
+                run.step(args.num_envs, envs.finished)
+
+            # learn
+            run.begin_update(learn_threads)
+            dones = terminated | truncated
+            scaled = scaler(rewards, dones) if args.norm_reward else rewards
+            with torch.no_grad():
+                next_values = torch.cat([values[1:], agent(to_device(envs.obs))[1][None]])
+            next_values = torch.where(to_device(truncated), final_values, next_values)
+            next_values = next_values.masked_fill(to_device(terminated), 0)
+            scaled, dones = to_device(scaled, dtype=torch.float32), to_device(dones, dtype=torch.float32)
+            advantages, returns = gae(scaled, values, next_values, dones, args.gamma, args.gae_lambda)
+            batch = {"obs": obs, "actions": actions, "advantages": advantages, "returns": returns}
+            batch = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
+            figures = update(agent, args, batch) | fit_values(agent, optimizer, args, batch)
+            explained_variance = 1 - (returns - values).var() / (returns.var() + 1e-8)
+            figures |= {"losses/explained_variance": explained_variance}
+            run.end_update(figures | {"charts/learning_rate": lr})
+
+
+if __name__ == "__main__":
+    main()
