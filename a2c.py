@@ -14,7 +14,42 @@
 # ///
 r"""Advantage actor-critic: what if many Marios learn at once?
 
-TODO
+One Mario's frames resemble each other, and an update that follows a single one of them follows its accidents. Sixteen
+Marios stand in sixteen different places: let each take T steps with the same policy, then learn from all the N x T
+steps in one update. The average over them is a far calmer gradient, and neighbouring frames no longer rule it.
+
+T steps also allow a better estimate than one. The TD errors
+
+    (3)  delta_t = r_t + gamma V(s_{t+1}) - V(s_t)        V(s_{t+1}) = 0 where the episode terminated,
+                                                          V(last observation) where a time limit cut it
+
+add up, since each V but the first and the last cancels, to the n-step advantage
+
+    A_t = delta_t + gamma delta_{t+1} + gamma^2 delta_{t+2} + ...
+        = r_t + gamma r_{t+1} + ... + gamma^n V(s_{t+n}) - V(s_t)
+
+up to the end of the rollout or of the episode. Each V that is not asked is an error of the critic that is not repeated.
+--gae-lambda below 1 trusts later TD errors less; lambda = 0 is the last script's (3) again, and one environment with
+one step is that script's update, to the digit.
+
+The loss joins the policy gradient (2), half the squared error of V and an entropy bonus, which falls to 0. One gradient
+step, then new data: the batch was drawn from a policy that no longer exists.
+
+A3C came first (the asynchronous form): 16 threads, each with its own Mario and a copy of the weights, add their
+gradients to shared weights without waiting for one another, so a gradient may be of weights that have moved on. The
+stale gradients turned out to help nothing. Waiting for all and updating once gives the same estimator, a batch that
+processors like, and runs that can be repeated: A2C. RMSProp is the paper's optimiser. Its epsilon of 1e-5 stands under
+the root there; PyTorch adds it behind the root, where the same floor is sqrt(1e-5), three hundred times as much as 1e-5.
+
+What is still wrong: nothing bounds a step. One bad batch can wreck a policy that took an hour to learn, and all data to
+come is then drawn from the wreck.
+
+    uv run a2c.py --cuda                                                      # Super Mario Bros 1-1
+    uv run a2c.py --env CartPole-v1 --total-timesteps 300000 --num-envs 8 --gamma 0.99 --learning-rate 3e-3 \
+        --ent-coef 0 --eval-episodes 100
+
+Mnih et al. 2016, arXiv 1602.01783 (A3C); Schulman et al. 2016, arXiv 1506.02438 (GAE); Mnih et al. 2015, doi
+10.1038/nature14236 (the images).
 """
 
 import contextlib
@@ -102,19 +137,20 @@ def fail(sentence: str):
 
 def check(args: Args) -> None:
     """End with exit code 2 at the first flag whose value cannot work."""
-    rules = {
-        "at least 1": (1, math.inf, "num_envs eval_episodes num_steps"),
-        "from 0 to 2147483647": (0, 2**31 - 1, "seed num_threads eval_every save_every log_every ent_coef vf_coef"),
-        "from 0 to 1": (0, 1, "gamma gae_lambda"),
-        "a positive number": (5e-324, 1e300, "learning_rate max_grad_norm"),
-    }
-    for remedy, (low, high, names) in rules.items():
-        for name in names.split():
-            if not low <= getattr(args, name) <= high:
-                fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot work; it must be {remedy}.")
-    batch = f"the batch of --num-envs x --num-steps = {args.batch_size} steps"
+    zero = "seed num_threads eval_every save_every log_every ent_coef vf_coef target_kl cg_damping".split()
+    for name, value in asdict(args).items():
+        if isinstance(value, (str, bool)):
+            continue
+        if name in ("gamma", "gae_lambda", "backtrack_coef"):
+            fits, remedy = 0 <= value <= 1, "from 0 to 1"
+        elif name in zero:
+            fits, remedy = 0 <= value < 2**31, "from 0 to 2147483647"
+        else:
+            fits, remedy = 0 < value < 2**31, "above 0, and at most 2147483647"
+        if not fits:
+            fail(f"--{name.replace('_', '-')} {value} cannot work; it must be {remedy}.")
     if args.total_timesteps < args.batch_size:
-        fail(f"--total-timesteps {args.total_timesteps} cannot work; it must be at least {batch}.")
+        fail(f"--total-timesteps {args.total_timesteps} cannot work; it must be at least a batch, {args.batch_size}.")
 
 
 def parse() -> tuple[Args, dict]:
@@ -457,8 +493,9 @@ class Run:
     `parts` (agent, optimiser, ...) are what a resumed run continues with, each saved and loaded by its state_dict.
     """
 
-    def __init__(self, args: Args, state: dict, device: torch.device, **parts):
+    def __init__(self, args: Args, state: dict, device: torch.device, image: bool, **parts):
         self.args, self.device, self.parts = args, device, parts
+        self.threads = os.cpu_count() if image and device.type == "cpu" else 1
         self.global_step, self.best = state.get("global_step", 0), state.get("best", -math.inf)
         self.envs = eval_envs(args) if args.capture_video else None  # one that cannot draw shall say so now
         for name, part in parts.items() if state else ():
@@ -560,9 +597,10 @@ class Run:
         """The share of the training that lies ahead, for schedules."""
         return 1 - self.global_step / self.args.total_timesteps
 
-    def begin_update(self, threads: int = 1) -> None:
+    def begin_update(self) -> None:
+        """From here to the end of the update a signal waits; nothing steps environments, so all cores may compute."""
         self.updating = True
-        torch.set_num_threads(threads)
+        torch.set_num_threads(self.threads)
 
     def end_update(self, figures: dict) -> None:
         """Log the figures of the update, evaluate and save, each when it is due."""
@@ -656,7 +694,6 @@ def main() -> None:
     # the paper's epsilon, 1e-5, stands under the root; outside it, where PyTorch adds it, that is its root
     optimizer = torch.optim.RMSprop(agent.parameters(), args.learning_rate, alpha=0.99, eps=math.sqrt(1e-5))
     scaler = RewardScaler(args.num_envs, args.gamma)
-    learn_threads = os.cpu_count() if envs.image and device.type == "cpu" else 1
     to_device = functools.partial(torch.as_tensor, device=device)
     shape = args.num_steps, args.num_envs
     obs = torch.zeros((*shape, *envs.obs.shape[1:]), dtype=torch.as_tensor(envs.obs).dtype, device=device)
@@ -664,7 +701,7 @@ def main() -> None:
     values, final_values = torch.zeros((2, *shape), device=device)
     rewards, (terminated, truncated) = np.zeros(shape, np.float32), np.zeros((2, *shape), bool)
 
-    with Run(args, state, device, agent=agent, optimizer=optimizer, scaler=scaler) as run:
+    with Run(args, state, device, envs.image, agent=agent, optimizer=optimizer, scaler=scaler) as run:
         envs.reset([args.seed, 0, run.global_step])  # a resumed run meets new episodes
         while run.global_step < args.last_step:
             lr = args.learning_rate * (run.remaining if args.anneal_lr else 1)
@@ -684,7 +721,7 @@ def main() -> None:
                 run.step(args.num_envs, envs.finished)
 
             # learn
-            run.begin_update(learn_threads)
+            run.begin_update()
             dones = terminated | truncated
             scaled = scaler(rewards, dones) if args.norm_reward else rewards
             with torch.no_grad():

@@ -158,25 +158,22 @@ def fail(sentence: str):
 
 def check(args: Args) -> None:
     """End with exit code 2 at the first flag whose value cannot work."""
-    rules = {
-        "at least 1": (1, math.inf, "num_envs eval_episodes num_steps num_minibatches update_epochs"),
-        "from 0 to 2147483647": (
-            0,
-            2**31 - 1,
-            "seed num_threads eval_every save_every log_every ent_coef vf_coef target_kl",
-        ),
-        "from 0 to 1": (0, 1, "gamma gae_lambda"),
-        "a positive number": (5e-324, 1e300, "learning_rate max_grad_norm clip_coef"),
-    }
-    for remedy, (low, high, names) in rules.items():
-        for name in names.split():
-            if not low <= getattr(args, name) <= high:
-                fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot work; it must be {remedy}.")
-    batch = f"the batch of --num-envs x --num-steps = {args.batch_size} steps"
-    if args.batch_size % args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches} cannot work; it must divide {batch}.")
+    zero = "seed num_threads eval_every save_every log_every ent_coef vf_coef target_kl cg_damping".split()
+    for name, value in asdict(args).items():
+        if isinstance(value, (str, bool)):
+            continue
+        if name in ("gamma", "gae_lambda", "backtrack_coef"):
+            fits, remedy = 0 <= value <= 1, "from 0 to 1"
+        elif name in zero:
+            fits, remedy = 0 <= value < 2**31, "from 0 to 2147483647"
+        else:
+            fits, remedy = 0 < value < 2**31, "above 0, and at most 2147483647"
+        if not fits:
+            fail(f"--{name.replace('_', '-')} {value} cannot work; it must be {remedy}.")
     if args.total_timesteps < args.batch_size:
-        fail(f"--total-timesteps {args.total_timesteps} cannot work; it must be at least {batch}.")
+        fail(f"--total-timesteps {args.total_timesteps} cannot work; it must be at least a batch, {args.batch_size}.")
+    if args.batch_size % args.num_minibatches:
+        fail(f"--num-minibatches {args.num_minibatches} cannot work; it must divide the batch, {args.batch_size}.")
 
 
 def parse() -> tuple[Args, dict]:
@@ -534,8 +531,9 @@ class Run:
     `parts` (agent, optimiser, ...) are what a resumed run continues with, each saved and loaded by its state_dict.
     """
 
-    def __init__(self, args: Args, state: dict, device: torch.device, **parts):
+    def __init__(self, args: Args, state: dict, device: torch.device, image: bool, **parts):
         self.args, self.device, self.parts = args, device, parts
+        self.threads = os.cpu_count() if image and device.type == "cpu" else 1
         self.global_step, self.best = state.get("global_step", 0), state.get("best", -math.inf)
         self.envs = eval_envs(args) if args.capture_video else None  # one that cannot draw shall say so now
         for name, part in parts.items() if state else ():
@@ -637,9 +635,10 @@ class Run:
         """The share of the training that lies ahead, for schedules."""
         return 1 - self.global_step / self.args.total_timesteps
 
-    def begin_update(self, threads: int = 1) -> None:
+    def begin_update(self) -> None:
+        """From here to the end of the update a signal waits; nothing steps environments, so all cores may compute."""
         self.updating = True
-        torch.set_num_threads(threads)
+        torch.set_num_threads(self.threads)
 
     def end_update(self, figures: dict) -> None:
         """Log the figures of the update, evaluate and save, each when it is due."""
@@ -732,7 +731,6 @@ def main() -> None:
         return play(agent, args)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
     scaler = RewardScaler(args.num_envs, args.gamma)
-    learn_threads = os.cpu_count() if envs.image and device.type == "cpu" else 1
     to_device = functools.partial(torch.as_tensor, device=device)
     shape = args.num_steps, args.num_envs
     obs = torch.zeros((*shape, *envs.obs.shape[1:]), dtype=torch.as_tensor(envs.obs).dtype, device=device)
@@ -740,7 +738,7 @@ def main() -> None:
     log_probs, values, final_values = torch.zeros((3, *shape), device=device)
     rewards, (terminated, truncated) = np.zeros(shape, np.float32), np.zeros((2, *shape), bool)
 
-    with Run(args, state, device, agent=agent, optimizer=optimizer, scaler=scaler) as run:
+    with Run(args, state, device, envs.image, agent=agent, optimizer=optimizer, scaler=scaler) as run:
         envs.reset([args.seed, 0, run.global_step])  # a resumed run meets new episodes
         while run.global_step < args.last_step:
             lr = args.learning_rate * (run.remaining if args.anneal_lr else 1)
@@ -760,7 +758,7 @@ def main() -> None:
                 run.step(args.num_envs, envs.finished)
 
             # learn
-            run.begin_update(learn_threads)
+            run.begin_update()
             dones = terminated | truncated
             scaled = scaler(rewards, dones) if args.norm_reward else rewards
             with torch.no_grad():

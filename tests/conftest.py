@@ -16,13 +16,30 @@ LADDER = ["reinforce", "reinforce_baseline", "actor_critic", "a2c", "trpo", "ppo
 SCRIPTS = [name for name in LADDER if (ROOT / f"{name}.py").exists()]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 ENVIRON = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
-SHORT = "--env probes:Clockwork-v0 --num-envs 2 --num-steps 16 --num-minibatches 2 --eval-episodes 2".split()
+OWN_FLAGS = {"a2c": "--num-steps 16", "trpo": "--num-steps 16", "ppo": "--num-steps 16 --num-minibatches 2"}
+
+
+def short(name):
+    """Flags of a short run. Clockwork's episodes last 8 steps, so with these they end where batches end."""
+    flags = "--env probes:Clockwork-v0 --num-envs 2 --eval-episodes 2 --log-every 1"
+    return [*flags.split(), *OWN_FLAGS.get(name, "").split()]
 
 
 @pytest.fixture(params=SCRIPTS)
 def script(request):
     """Each script as a module."""
     return importlib.import_module(request.param)
+
+
+@pytest.fixture(params=[name for name in LADDER if name in SCRIPTS and name != "dreamerv3"])
+def rung(request):
+    """Each policy-gradient script as a module."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def a2c():
+    return importlib.import_module("a2c")
 
 
 @pytest.fixture
@@ -66,8 +83,9 @@ def weights(run_dir, name="checkpoint.pt"):
     """All tensors that training changes, by name: parameters and the optimiser's averages."""
     state = torch.load(Path(run_dir) / name, weights_only=True)
     tensors = dict(state["agent"])
-    for index, averages in state["optimizer"]["state"].items():
-        tensors |= {f"optimizer {index} {name}": value for name, value in averages.items()}
+    for optimizer in ("optimizer", "v_optimizer"):
+        for index, averages in state.get(optimizer, {"state": {}})["state"].items():
+            tensors |= {f"{optimizer} {index} {name}": value for name, value in averages.items()}
     return tensors
 
 

@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRON, ROOT, SCRIPTS, SHORT, metrics, start, weights
+from conftest import ENVIRON, ROOT, SCRIPTS, metrics, short, start, weights
 
-TINY = [*SHORT, "--total-timesteps", "64"]
+
+def tiny(script):
+    return [*short(script.SCRIPT), "--total-timesteps", "64"]
 
 
 # ---- outputs
@@ -27,7 +29,7 @@ TINY = [*SHORT, "--total-timesteps", "64"]
 
 def test_a_run_leaves_what_design_promises(script, call, tmp_path, capsys):
     run = tmp_path / "run"
-    assert call(script, *TINY, "--run-dir", run, "--seed", 5) == 0
+    assert call(script, *tiny(script), "--run-dir", run, "--seed", 5) == 0
     assert {path.name for path in run.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.pt", "best.pt"}
     config = json.loads((run / "config.json").read_text())
     assert config["seed"] == 5 and config["script"] == script.SCRIPT and config["device"]
@@ -47,7 +49,7 @@ def test_a_run_leaves_what_design_promises(script, call, tmp_path, capsys):
 
 def test_default_run_dir_tells_env_script_seed(script, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert call(script, *TINY, "--seed", 3) == 0
+    assert call(script, *tiny(script), "--seed", 3) == 0
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name.startswith(f"probes-Clockwork-v0__{script.SCRIPT}__3__")
 
@@ -55,7 +57,7 @@ def test_default_run_dir_tells_env_script_seed(script, call, tmp_path, monkeypat
 def test_progress_lines_without_a_terminal(script, call, tmp_path, capsys, monkeypatch):
     clock = iter(range(0, 10**6, 3))
     monkeypatch.setattr(script.time, "time", lambda: float(next(clock)))
-    call(script, *TINY, "--run-dir", tmp_path / "run")
+    call(script, *tiny(script), "--run-dir", tmp_path / "run")
     lines = [line for line in capsys.readouterr().out.splitlines() if " of 64 steps" in line]
     assert len(lines) > 5 and all("steps/s" in line for line in lines)
     assert sum("return" in line for line in lines) > len(lines) / 2  # as soon as an episode has ended
@@ -63,14 +65,14 @@ def test_progress_lines_without_a_terminal(script, call, tmp_path, capsys, monke
 
 def test_mario_figures_and_a_video_in_which_things_move(script, call, tmp_path, capsys):
     run = tmp_path / "run"
-    flags = "--num-envs 2 --num-steps 64 --num-minibatches 1 --total-timesteps 128 --eval-episodes 2".split()
-    assert call(script, *flags, "--capture-video", "--run-dir", run) == 0
+    flags = [*tiny(script), "--env", "SuperMarioBros-1-1-v0", "--capture-video", "--run-dir", run]
+    assert call(script, *flags) == 0
     evaluation = [row for row in metrics(run) if "eval/episodes" in row][-1]
     assert 0 <= evaluation["eval/flag_rate"] <= 1 and 40 < evaluation["eval/x_pos_mean"] < 3200
     assert call(script, "--evaluate", run / "best.pt", "--capture-video") == 0
     told = capsys.readouterr().out.splitlines()[-2]
     assert all(word in told for word in ("2 episodes", "return", "flag", "x", "+-"))
-    for name in ("128", "best"):
+    for name in (str(evaluation["global_step"]), "best"):
         assert moves(run / "videos" / f"{name}.mp4")
 
 
@@ -93,7 +95,7 @@ def test_every_tracked_number_is_in_the_file(script, call, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-    assert call(script, *TINY, "--track", "--wandb-project-name", "p", "--run-dir", tmp_path / "run") == 0
+    assert call(script, *tiny(script), "--track", "--wandb-project-name", "p", "--run-dir", tmp_path / "run") == 0
     assert logged == metrics(tmp_path / "run") and logged
     assert (
         asked["project"] == "p" and asked["mode"] == "offline" and asked["finished"]
@@ -101,8 +103,8 @@ def test_every_tracked_number_is_in_the_file(script, call, tmp_path, monkeypatch
     assert asked["config"]["env"] == "probes:Clockwork-v0"
 
 
-def test_tracking_offline_with_the_real_wandb(script, tmp_path):
-    process = start(script.SCRIPT, *TINY, "--track", "--run-dir", "run", cwd=tmp_path, WANDB_MODE="offline")
+def test_tracking_offline_with_the_real_wandb(ppo, tmp_path):
+    process = start("ppo", *tiny(ppo), "--track", "--run-dir", "run", cwd=tmp_path, WANDB_MODE="offline")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     (file,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
@@ -133,7 +135,7 @@ def wandb_records(data):
 
 
 def test_wandb_and_moviepy_are_imported_only_when_asked_for(script, tmp_path):
-    code = f"import sys, {script.SCRIPT} as s; sys.argv[1:] = {[*TINY, '--run-dir', str(tmp_path / 'run')]}\n"
+    code = f"import sys, {script.SCRIPT} as s; sys.argv[1:] = {[*tiny(script), '--run-dir', str(tmp_path / 'run')]}\n"
     code += "try: s.main()\nexcept SystemExit: pass\nprint([m for m in ('wandb', 'moviepy') if m in sys.modules])"
     env = {**ENVIRON, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path)
@@ -143,7 +145,7 @@ def test_wandb_and_moviepy_are_imported_only_when_asked_for(script, tmp_path):
 
 def test_cuda_flag_without_a_device(script, call, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert call(script, *TINY, "--cuda", "--run-dir", tmp_path / "a") == 0
+    assert call(script, *tiny(script), "--cuda", "--run-dir", tmp_path / "a") == 0
     assert "no CUDA device" in capsys.readouterr().out
 
 
@@ -154,8 +156,7 @@ MISTAKES = {
     "--num-envs 0": "--num-envs 0 cannot work",
     "--num-envs -3": "--num-envs -3 cannot work",
     "--num-threads -1": "--num-threads -1 cannot work",
-    "--total-timesteps -5": "at least the batch",
-    "--total-timesteps 31": "--total-timesteps 31 cannot work; it must be at least the batch",
+    "--total-timesteps -5": "--total-timesteps -5 cannot work",
     "--learning-rate 0": "--learning-rate 0.0 cannot work",
     "--learning-rate nan": "--learning-rate nan cannot work",
     "--learning-rate inf": "--learning-rate inf cannot work",
@@ -164,6 +165,8 @@ MISTAKES = {
     "--eval-episodes 0": "--eval-episodes 0 cannot work",
     "--eval-every -1": "--eval-every -1 cannot work",
     "--save-every -1": "--save-every -1 cannot work",
+    "--log-every -1": "--log-every -1 cannot work",
+    "--env probes:BoxActions-v0": "needs a Discrete space",
     "--env CartPol-v1": "the nearest ids are: CartPole-v1",
     "--env SuperMarioBros-9-1-v0": "SuperMarioBros-8-1-v0",
     "--env no.such.module:Thing-v0": "No module named 'no'",
@@ -175,27 +178,53 @@ MISTAKES = {
     "--env probes:OneStep-v0 --capture-video": "--env probes:OneStep-v0 cannot be made",
     "--evaluate nothing.pt": "There is no checkpoint nothing.pt",
 }
-PPO_MISTAKES = {
-    "--env probes:BoxActions-v0": "ppo.py needs a Discrete space",
+ROLLOUT = {
     "--num-steps 0": "--num-steps 0 cannot work",
-    "--num-minibatches 0": "--num-minibatches 0 cannot work",
-    "--num-minibatches 5": "--num-minibatches 5 cannot work; it must divide the batch of --num-envs x --num-steps = 32",
-    "--update-epochs 0": "--update-epochs 0 cannot work",
+    "--total-timesteps 31": "it must be at least a batch, 32",
     "--gae-lambda -0.1": "--gae-lambda -0.1 cannot work",
-    "--clip-coef 0": "--clip-coef 0.0 cannot work",
+}
+LOSS = {
     "--ent-coef -1": "--ent-coef -1.0 cannot work",
     "--vf-coef nan": "--vf-coef nan cannot work",
     "--max-grad-norm 0": "--max-grad-norm 0.0 cannot work",
-    "--target-kl -1": "--target-kl -1.0 cannot work",
 }
-CASES = [(name, *case) for name in SCRIPTS for case in (MISTAKES | (PPO_MISTAKES if name == "ppo" else {})).items()]
+CRITIC = {
+    "--value-epochs 0": "--value-epochs 0 cannot work",
+    "--value-batch-size 0": "--value-batch-size 0 cannot work",
+}
+OWN_MISTAKES = {
+    "reinforce": {"--total-timesteps 0": "--total-timesteps 0 cannot work; it must be above 0"},
+    "reinforce_baseline": CRITIC | {"--value-learning-rate 0": "--value-learning-rate 0.0 cannot work"},
+    "actor_critic": LOSS | {"--total-timesteps 1": "it must be at least a batch, 2"},
+    "a2c": ROLLOUT | LOSS,
+    "trpo": ROLLOUT
+    | CRITIC
+    | {
+        "--max-kl 0": "--max-kl 0.0 cannot work",
+        "--cg-iterations 0": "--cg-iterations 0 cannot work",
+        "--cg-damping -1": "--cg-damping -1.0 cannot work",
+        "--fisher-every 0": "--fisher-every 0 cannot work",
+        "--backtracks 0": "--backtracks 0 cannot work",
+        "--backtrack-coef 2": "--backtrack-coef 2.0 cannot work",
+    },
+    "ppo": ROLLOUT
+    | LOSS
+    | {
+        "--num-minibatches 0": "--num-minibatches 0 cannot work",
+        "--num-minibatches 5": "it must divide the batch, 32",
+        "--update-epochs 0": "--update-epochs 0 cannot work",
+        "--clip-coef 0": "--clip-coef 0.0 cannot work",
+        "--target-kl -1": "--target-kl -1.0 cannot work",
+    },
+}
+CASES = [(name, *case) for name in SCRIPTS for case in (MISTAKES | OWN_MISTAKES[name]).items()]
 
 
 @pytest.mark.parametrize("name, flags, sentence", CASES)
 def test_mistakes_get_one_sentence(name, flags, sentence, call, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("config.json").touch()
-    assert call(__import__(name), *TINY, *flags.split()) == 2
+    assert call(__import__(name), *tiny(__import__(name)), *flags.split()) == 2
     err = capsys.readouterr().err
     assert sentence in err and len(err.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
@@ -211,7 +240,7 @@ def test_a_mistake_has_no_traceback(tmp_path):
 
 def test_checkpoints_that_do_not_fit(script, call, tmp_path, capsys):
     run = tmp_path / "run"
-    call(script, *TINY, "--run-dir", run)
+    call(script, *tiny(script), "--run-dir", run)
     (tmp_path / "torn.pt").write_bytes((run / "best.pt").read_bytes()[:2000])
     (tmp_path / "empty.pt").write_bytes(b"")
     other = torch.load(run / "best.pt", weights_only=True) | {"script": "dreamerv2"}
@@ -220,7 +249,7 @@ def test_checkpoints_that_do_not_fit(script, call, tmp_path, capsys):
         ("--evaluate", run / "best.pt", "--env", "CartPole-v1"): "does not fit the checkpoint",
         ("--resume", run, "--env", "CartPole-v1"): "does not fit the checkpoint",
         ("--resume", run): "is complete; --total-timesteps beyond 64",
-        ("--run-dir", run, *TINY): "holds a run already",
+        ("--run-dir", run, *tiny(script)): "holds a run already",
         ("--evaluate", tmp_path / "torn.pt"): "cannot be read as a checkpoint",
         ("--evaluate", tmp_path / "empty.pt"): "cannot be read as a checkpoint",
         ("--evaluate", tmp_path / "other.pt"): "is a checkpoint of dreamerv2.py",
@@ -252,10 +281,13 @@ def test_a_strangers_file_cannot_run_code(script, call, tmp_path, capsys, monkey
 # ---- runs that end early
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save_and_say_how_to_go_on(script, number, tmp_path):
-    flags = [*SHORT, "--total-timesteps", "10000000", "--save-every", "0"]
-    process = start(script.SCRIPT, *flags, "--run-dir", "run", cwd=tmp_path)
+SIGNALS = [(name, signal.SIGTERM) for name in SCRIPTS] + [("ppo", signal.SIGINT)]  # both meet the same lines
+
+
+@pytest.mark.parametrize("name, number", SIGNALS)
+def test_signals_save_and_say_how_to_go_on(name, number, tmp_path):
+    flags = [*short(name), "--total-timesteps", "10000000", "--save-every", "0"]
+    process = start(name, *flags, "--run-dir", "run", cwd=tmp_path)
     wait_for(process, lambda: len(metrics_so_far(tmp_path / "run")) > 50)
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
@@ -263,7 +295,7 @@ def test_signals_save_and_say_how_to_go_on(script, number, tmp_path):
     assert "The run stopped; all is kept in run as of step" in out and "--resume run" in out
     step = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["global_step"]
     assert step > 0 and f"as of step {step:,}" in out
-    again = start(script.SCRIPT, "--resume", "run", "--total-timesteps", str(step + 64), cwd=tmp_path)
+    again = start(name, "--resume", "run", "--total-timesteps", str(step + 64), cwd=tmp_path)
     out, err = again.communicate(timeout=60)
     assert again.returncode == 0 and err == ""
     assert metrics(tmp_path / "run")[-1]["global_step"] == step + 64
@@ -282,22 +314,14 @@ def wait_for(process, condition, seconds=90):
         time.sleep(0.02)
 
 
-def test_kill_at_random_moments(script, tmp_path):
-    """KILLS=30 repeats it as often as one likes."""
+@pytest.mark.parametrize("name", ["reinforce", "ppo"])
+def test_kill_at_random_moments(name, tmp_path):
+    """KILLS=30 repeats it as often as one likes. The other scripts share every line that saves and loads."""
     run, rng, lost = tmp_path / "run", random.Random(0), []
-    flags = [
-        *SHORT,
-        "--env",
-        "CartPole-v1",
-        "--total-timesteps",
-        "100000000",
-        "--save-every",
-        "320",
-        "--run-dir",
-        "run",
-    ]
-    for _ in range(int(os.environ.get("KILLS", 4))):
-        process = start(script.SCRIPT, *flags, cwd=tmp_path)
+    flags = "--env CartPole-v1 --total-timesteps 100000000 --save-every 320 --run-dir run"
+    flags = [*short(name), *flags.split()]
+    for _ in range(int(os.environ.get("KILLS", 3))):
+        process = start(name, *flags, cwd=tmp_path)
         known = len(metrics_so_far(run))
         wait_for(process, lambda known=known: len(metrics_so_far(run)) > known + 5)
         time.sleep(rng.random() / 2)
@@ -309,7 +333,8 @@ def test_kill_at_random_moments(script, tmp_path):
         assert steps == sorted(steps) and steps[-1] >= state["global_step"]
         lost.append(steps[-1] - state["global_step"])
         flags = ["--resume", "run"]
-    assert max(lost) < 320 + 2 * 32, "more was lost than the steps since the last checkpoint"
+    batch = 2 * 500 if name == "reinforce" else 32  # whole episodes, or a rollout
+    assert max(lost) < 320 + 2 * batch, "more was lost than the steps since the last checkpoint"
 
 
 def test_a_kill_while_saving_leaves_the_previous_checkpoint(script, tmp_path, monkeypatch):
@@ -327,11 +352,12 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint(script, tmp_path, mo
 
 def test_an_environment_that_raises_ends_with_a_sentence(script, call, tmp_path, capsys):
     run = tmp_path / "run"
-    assert call(script, *TINY, "--env", "probes:Breaks-v0", "--total-timesteps", 640, "--run-dir", run) == 1
+    assert call(script, *tiny(script), "--env", "probes:Breaks-v0", "--total-timesteps", 640, "--run-dir", run) == 1
     assert "The run failed (environment 0 raised OSError: the joystick is gone)" in capsys.readouterr().out
     assert "joystick" in (run / "error.txt").read_text()
     state = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert state["global_step"] == 192  # 6 rollouts of 16 steps; the 100th step raised
+    whole = {"reinforce": 0, "reinforce_baseline": 0, "actor_critic": 198}  # no episode ended; 99 steps were taken
+    assert state["global_step"] == whole.get(script.SCRIPT, 192)  # 6 rollouts of 16 steps; the 100th step raised
 
 
 def test_nan_ends_with_a_sentence_and_keeps_good_weights(script, call, tmp_path, capsys):
@@ -339,7 +365,7 @@ def test_nan_ends_with_a_sentence_and_keeps_good_weights(script, call, tmp_path,
     assert (
         call(
             script,
-            *TINY,
+            *tiny(script),
             "--env",
             "probes:NotANumber-v0",
             "--total-timesteps",
@@ -353,6 +379,7 @@ def test_nan_ends_with_a_sentence_and_keeps_good_weights(script, call, tmp_path,
     )
     assert "no longer finite" in capsys.readouterr().out
     state = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert state["global_step"] == 160  # the last one saved
+    first_batch = script.SCRIPT in ("reinforce", "reinforce_baseline")
+    assert state["global_step"] == (0 if first_batch else 160)  # the last one saved
     assert all(value.isfinite().all() for value in weights(run).values())
-    assert np.isfinite(list(state["scaler"].values())).all()
+    assert np.isfinite(list(state.get("scaler", {}).values())).all()

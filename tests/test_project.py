@@ -10,7 +10,7 @@ import sys
 import tomllib
 
 import pytest
-from conftest import ROOT, SCRIPTS, SHORT, metrics
+from conftest import ROOT, SCRIPTS, metrics, short
 
 README = (ROOT / "README.md").read_text()
 
@@ -54,7 +54,7 @@ def test_one_file_in_an_empty_folder(name, tmp_path):
     if uv is None:
         pytest.skip("uv is not installed")
     shutil.copy(ROOT / f"{name}.py", tmp_path)
-    flags = ["--env", "CartPole-v1", *SHORT[2:], "--total-timesteps", "64", "--run-dir", "run"]
+    flags = ["--env", "CartPole-v1", *short(name)[2:], "--total-timesteps", "64", "--run-dir", "run"]
     environ = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     command = [uv, "run", "--python", sys.executable, f"{name}.py", *flags]
     result = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)

@@ -1,0 +1,686 @@
+# /// script
+# requires-python = ">=3.13"
+# dependencies = [
+#     "torch>=2.8,<3",
+#     "gymnasium[box2d,classic-control]>=1.2.3,<2",
+#     "gym-super-mario-bros>=9,<10",
+#     "numpy>=2.1,<3",
+#     "opencv-python-headless>=4.11,<6",
+#     "moviepy>=2.1,<3",
+#     "tqdm>=4.66,<5",
+#     "tyro>=0.9,<2",
+#     "wandb>=0.31,<1",
+# ]
+# ///
+r"""REINFORCE: can we learn from rewards alone?
+
+Nobody tells Mario what to press. He sees four frames, s_t, draws a button a_t from his policy pi_theta(a|s), and the
+game pays r_t: pixels walked to the right, minus the clock, minus 25 for dying. All that can be asked of the weights
+theta is that the pay be high on average, and sooner rather than later:
+
+    (1)  J(theta) = E[ sum_t gamma^t r_t ],  0 <= gamma < 1
+
+An average, because one run may be luck: the policy rolls dice, and many environments do too. A discount, because the
+sum must converge and because what is far off is uncertain; at gamma = 0.99 a reward 100 steps away counts 0.37.
+
+How does J change with theta? Write an episode as tau = (s_0, a_0, s_1, ...) with return R(tau) and probability p(tau):
+
+    J           = sum_tau p(tau) R(tau)
+    grad J      = sum_tau grad p(tau) R(tau)
+                = sum_tau p(tau) grad log p(tau) R(tau)               as grad p = p grad log p
+                = E[ grad log p(tau) R(tau) ]                         an average again: play episodes, take the mean
+    log p(tau)  = log p(s_0) + sum_t ( log pi(a_t|s_t) + log p(s_{t+1}|s_t, a_t) )
+
+The start and the game's own rules hold no theta: their gradient is zero, they vanish, and no model of Mario's world is
+needed. What was paid before step t cannot depend on a_t, so its product with grad log pi(a_t|s_t) is zero on average.
+What stays is the reward-to-go:
+
+    G_t    = r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ... = r_t + gamma G_{t+1}
+    grad J = E[ sum_t gamma^t grad log pi(a_t|s_t) G_t ]
+
+Play N episodes, average, take a step uphill: what was followed by much reward becomes more likely. Practice drops the
+factor gamma^t (else Mario would hardly learn what to do at the end of the level); --discount-start keeps it.
+
+Each environment plays exactly one episode per update. Taking the first N episodes that finish would be wrong: they
+are the short ones. An episode cut by a time limit counts as one that ended there, as nobody here can say what would
+have followed. The G of a batch are standardised, which makes one step size fit any game; the mean that this subtracts
+is already a crude form of the next script's idea, and --no-norm-adv does without.
+
+What is still wrong: the jump over the first goomba and the stroll through an empty corridor are weighted by nearly the
+same G. The estimate is right on average and wildly off each time: with variance sigma^2 per episode, an error of
+epsilon costs sigma^2 / epsilon^2 episodes.
+
+    uv run reinforce.py --cuda                                                # Super Mario Bros 1-1
+    uv run reinforce.py --env CartPole-v1 --total-timesteps 190000 --num-envs 8 --gamma 0.99 --learning-rate 1e-2 \
+        --eval-episodes 100
+
+Williams 1992, doi 10.1007/BF00992696; Sutton & Barto 2018, chapter 13; Mnih et al. 2015, doi 10.1038/nature14236 (the
+images).
+"""
+
+import contextlib
+import difflib
+import functools
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import cv2
+import gym_super_mario_bros  # noqa: F401, makes the Mario ids known
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from gym_super_mario_bros.actions import SIMPLE_MOVEMENT
+from nes_py import NESEnv
+from nes_py.wrappers import JoypadSpace
+from tqdm import tqdm
+
+SCRIPT = "reinforce"
+
+
+@dataclass
+class Args:
+    env: str = "SuperMarioBros-1-1-v0"  # Gymnasium id; package.module:Id-v0 imports the module first
+    seed: int = 1  # seed of everything random in the run
+    cuda: bool = False  # compute on the GPU, if there is one
+    total_timesteps: int = 2_000_000  # agent steps to train for, all environments together
+    num_envs: int = 16  # environments played in parallel, one whole episode each per update
+    num_threads: int = 0  # threads that step them; 0: one more than cores for images, one for vectors
+    learning_rate: float = 2.5e-4  # step size of the optimiser
+    gamma: float = 0.9  # discount factor
+    eval_episodes: int = 20  # episodes per evaluation
+    eval_every: int = 100_000  # agent steps between evaluations; 0: only at the end
+    save_every: int = 20_000  # agent steps between checkpoints; 0: only at the end
+    log_every: int = 1_000  # agent steps between lines of losses, each the mean of the updates since the last
+    run_dir: str = ""  # folder of the run; empty: runs/<env>__<script>__<seed>__<time>
+    resume: str = ""  # folder of a run to continue
+    evaluate: str = ""  # checkpoint to play, without training
+    capture_video: bool = False  # record the first episode of each evaluation
+    track: bool = False  # send metrics and videos to Weights & Biases
+    wandb_project_name: str = "rl-ladder"  # project to track the run in
+    wandb_entity: str = ""  # team to track it under; empty: your own
+    compile: bool = False  # compile the network (CUDA graphs on a GPU): slower start, faster updates
+    # REINFORCE
+    norm_adv: bool = True  # standardise the weights of each batch of episodes
+    discount_start: bool = False  # weight step t by gamma^t too, as the exact gradient of (1) has it
+    anneal_lr: bool = True  # let the learning rate fall linearly to 0
+
+    @property
+    def last_step(self) -> int:  # where training ends: with the batch of episodes that reaches it
+        return self.total_timesteps
+
+
+def fail(sentence: str):
+    """End at a user's mistake: one sentence, exit code 2."""
+    print(sentence, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check(args: Args) -> None:
+    """End with exit code 2 at the first flag whose value cannot work."""
+    zero = "seed num_threads eval_every save_every log_every ent_coef vf_coef target_kl cg_damping".split()
+    for name, value in asdict(args).items():
+        if isinstance(value, (str, bool)):
+            continue
+        if name in ("gamma", "gae_lambda", "backtrack_coef"):
+            fits, remedy = 0 <= value <= 1, "from 0 to 1"
+        elif name in zero:
+            fits, remedy = 0 <= value < 2**31, "from 0 to 2147483647"
+        else:
+            fits, remedy = 0 < value < 2**31, "above 0, and at most 2147483647"
+        if not fits:
+            fail(f"--{name.replace('_', '-')} {value} cannot work; it must be {remedy}.")
+
+
+def parse() -> tuple[Args, dict]:
+    """Command line -> flags, and the checkpoint to resume or evaluate ({} for a new run)."""
+    description = (__doc__ or "").partition("\n\n")[0]
+    args, state = tyro.cli(Args, description=description), {}
+    if args.resume and args.evaluate:
+        fail(f"--resume {args.resume} and --evaluate {args.evaluate} cannot work together; leave one out.")
+    if args.resume or args.evaluate:
+        state = load(Path(args.evaluate or f"{args.resume}/checkpoint.pt"))
+        args = tyro.cli(Args, description=description, default=Args(**state["args"]))  # given flags win over saved ones
+        saved = state["args"]["env"]
+        if args.env != saved:
+            fail(f"--env {args.env} does not fit the checkpoint, which is of --env {saved}; leave it out.")
+    check(args)
+    if args.resume and state["global_step"] >= args.last_step:
+        fail(f"--resume {args.resume} is complete; --total-timesteps beyond {state['global_step']} would continue it.")
+    return args, state
+
+
+# ------------------------------------------------------------------------------------------------ environments
+
+
+class Frames(gym.Wrapper):
+    """Images as Mnih et al. (2015) feed them: one action lasts 4 frames, every 4th frame is shrunk to 84 x 84 grey
+    pixels, the latest 4 of those are the observation. It is overwritten by the next step: copy what you keep."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+        self.metadata = env.metadata | {"render_fps": env.metadata.get("render_fps", 60) / 4}
+        self.frames = np.zeros((4, 84, 84), np.uint8)
+
+    def shrink(self, image: np.ndarray) -> np.ndarray:
+        if isinstance(self.unwrapped, NESEnv):  # the emulator's own grey screen: 8 times faster than OpenCV's
+            image = self.unwrapped.observation("grayscale")
+        elif image.shape[-1] == 3:
+            image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+        return cv2.resize(image, (84, 84), interpolation=cv2.INTER_AREA)
+
+    def reset(self, **kwargs):
+        image, info = self.env.reset(**kwargs)
+        self.frames[:] = self.shrink(image)
+        return self.frames, info
+
+    def step(self, action):
+        total = 0.0
+        for _ in range(4):
+            image, reward, terminated, truncated, info = self.env.step(action)
+            total += reward
+            if terminated or truncated:
+                break
+        self.frames[:-1] = self.frames[1:]
+        self.frames[-1] = self.shrink(image)
+        return self.frames, total, terminated, truncated, info
+
+
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+    """One environment, ready for the agent. Exit code 2 if there is none of this id or its spaces do not fit."""
+    module, _, name = env_id.rpartition(":")
+    if render_mode == "rgb_array":
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without looking for a screen
+    try:
+        if module:
+            importlib.import_module(module)
+        if name not in gym.registry:
+            near = difflib.get_close_matches(name, gym.registry, 4, 0.4)
+            fail(f"--env {env_id} is unknown; the nearest ids are: {', '.join(near) or 'none'}.")
+        render = {"render_mode": render_mode} if render_mode else {}  # an environment need not know the word
+        env = gym.make(name, disable_env_checker=True, **render)
+    except Exception as error:
+        fail(f"--env {env_id} cannot be made; {type(error).__name__} says: {error}")
+    if isinstance(env.unwrapped, NESEnv):
+        env = JoypadSpace(env, SIMPLE_MOVEMENT)
+    for space, kind in ((env.action_space, gym.spaces.Discrete), (env.observation_space, gym.spaces.Box)):
+        if not isinstance(space, kind):
+            fail(f"--env {env_id} cannot work; {SCRIPT}.py needs a {kind.__name__} space where it has {space}.")
+    shape = env.observation_space.shape
+    image = env.observation_space.dtype == np.uint8 and len(shape) == 3 and shape[-1] in (1, 3)
+    return Frames(env) if image else env
+
+
+class Envs:
+    """Environments stepped together, in threads where that pays: the NES emulator releases Python's lock.
+
+    Every array has one row per environment and is overwritten by the next step. Where an episode ends, `obs` already
+    holds the first observation of the next one, `final_obs` the last of the old, and `finished` its figures.
+    """
+
+    def __init__(self, env_id: str, num_envs: int, num_threads: int = 0, render_mode: str | None = None):
+        self.envs = [make_env(env_id, render_mode if i == 0 else None) for i in range(num_envs)]
+        space, actions = self.envs[0].observation_space, self.envs[0].action_space
+        self.image = isinstance(self.envs[0], Frames)
+        self.num_actions, self.first_action = int(actions.n), int(actions.start)
+        self.obs = np.zeros((num_envs, *space.shape), np.uint8 if self.image else np.float32)
+        self.final_obs, self.finished = self.obs.copy(), {}
+        self.rewards, self.returns, self.lengths = np.zeros((3, num_envs))
+        self.terminated, self.truncated = np.zeros((2, num_envs), bool)
+        num_threads = min(num_envs, num_threads or (os.cpu_count() + 1 if self.image else 1))
+        self.map = ThreadPoolExecutor(num_threads).map if num_threads > 1 else map
+
+    def reset(self, seed: int | list[int]) -> None:
+        """Begin new episodes, each environment with a seed of its own drawn from `seed`."""
+        for i, s in enumerate(np.random.SeedSequence(seed).generate_state(len(self.envs))):
+            self.obs[i], _ = self.envs[i].reset(seed=int(s))
+        self.returns[:] = self.lengths[:] = 0
+
+    def step(self, actions: list[int], rows=None) -> None:
+        """Step the environments in `rows` (default: all) with their actions, one per environment."""
+        self.finished = {}
+        deque(self.map(self.step_one, range(len(self.envs)) if rows is None else rows, actions), maxlen=0)
+
+    def step_one(self, i: int, action: int) -> None:
+        try:
+            obs, reward, terminated, truncated, info = self.envs[i].step(action + self.first_action)
+            self.obs[i], self.rewards[i] = obs, reward
+            self.terminated[i], self.truncated[i] = terminated, truncated and not terminated
+            self.returns[i] += reward
+            self.lengths[i] += 1
+            if terminated or truncated:
+                figures = {"episodic_return": float(self.returns[i]), "episodic_length": int(self.lengths[i])}
+                if "flag_get" in info:
+                    figures |= {"flag": int(info["flag_get"]), "x_pos": int(info["x_pos"])}
+                self.final_obs[i], self.finished[i] = obs, figures
+                self.returns[i] = self.lengths[i] = 0
+                self.obs[i], _ = self.envs[i].reset()
+        except Exception as error:
+            raise RuntimeError(f"environment {i} raised {type(error).__name__}: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------ network
+
+
+def layer(module: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
+    """Orthogonal weights, zero biases."""
+    nn.init.orthogonal_(module.weight, gain)
+    nn.init.zeros_(module.bias)
+    return module
+
+
+def trunk(obs_shape: tuple, image: bool) -> nn.Sequential:
+    """Observations (B, *obs_shape) -> features: the CNN of Mnih et al. (2015) or two layers of 64."""
+    if image:
+        convs = layer(nn.Conv2d(4, 32, 8, 4)), layer(nn.Conv2d(32, 64, 4, 2)), layer(nn.Conv2d(64, 64, 3))
+        modules = [module for conv in convs for module in (conv, nn.ReLU())]
+        return nn.Sequential(*modules, nn.Flatten(), layer(nn.Linear(64 * 7 * 7, 512)), nn.ReLU())
+    first = layer(nn.Linear(math.prod(obs_shape), 64))
+    return nn.Sequential(nn.Flatten(), first, nn.Tanh(), layer(nn.Linear(64, 64)), nn.Tanh())
+
+
+class Agent(nn.Module):
+    """The policy pi(a|s)."""
+
+    def __init__(self, obs_shape: tuple, num_actions: int, image: bool, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.image, self.dtype = image, dtype
+        self.actor_trunk = trunk(obs_shape, image)
+        self.actor = layer(nn.Linear(512 if image else 64, num_actions), 0.01)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        """obs (B, *obs_shape) -> logits (B, num_actions), in float32."""
+        if self.image:
+            obs = obs.to(self.dtype, memory_format=torch.channels_last).div_(255)
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            features = self.actor_trunk(obs)
+        return self.actor(features.float())
+
+    def act(self, obs: torch.Tensor, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """obs (B, *obs_shape) -> actions (B,) drawn from the policy, their log pi(a|s) (B,)."""
+        log_probs = F.log_softmax(self(obs), -1)
+        actions = torch.multinomial(log_probs.detach().exp(), 1, generator=generator)
+        return actions.squeeze(-1), log_probs.gather(-1, actions).squeeze(-1)
+
+
+# ------------------------------------------------------------------------------------------------ algorithm
+
+
+def reward_to_go(rewards: np.ndarray, gamma: float) -> np.ndarray:
+    """G_t = r_t + gamma G_{t+1} for one episode per column, 0 behind its end; (T, N) -> (T, N)."""
+    returns, G = np.empty(rewards.shape), np.zeros(rewards.shape[1:])
+    for t in reversed(range(len(rewards))):
+        returns[t] = G = rewards[t] + gamma * G
+    return returns
+
+
+def policy_loss(log_probs: torch.Tensor, weights: torch.Tensor, episodes: int) -> torch.Tensor:
+    """Its gradient is minus the policy gradient, equation (2), averaged over the episodes; (B,), (B,) -> scalar."""
+    return -(log_probs * weights).sum() / episodes
+
+
+def update(agent: Agent, optimizer, args: Args, batch: dict) -> dict:
+    """One gradient step on whole episodes -> its losses. batch holds obs, actions and returns, a row per step."""
+    weights, pg_loss, entropy = batch["returns"], 0.0, 0.0
+    if args.norm_adv:
+        weights = (weights - weights.mean()) / (weights.std(correction=0) + 1e-8)
+    optimizer.zero_grad()
+    for rows in torch.arange(len(weights), device=weights.device).split(
+        2048
+    ):  # pieces that fit in memory: their gradients add up
+        log_probs = F.log_softmax(agent(batch["obs"][rows]), -1)
+        chosen = log_probs.gather(-1, batch["actions"][rows, None]).squeeze(-1)
+        loss = policy_loss(chosen, weights[rows], args.num_envs)
+        loss.backward()
+        pg_loss += loss.detach()
+        entropy -= (log_probs.exp() * log_probs).detach().sum() / len(weights)
+    grad_norm = nn.utils.get_total_norm([p.grad for p in agent.parameters() if p.grad is not None])
+    optimizer.step()
+    figures = {"policy_loss": pg_loss, "entropy": entropy, "grad_norm": grad_norm}
+    return {f"losses/{name}": figure for name, figure in figures.items()}
+
+
+# ------------------------------------------------------------------------------------------------ evaluate
+
+
+@torch.no_grad()
+def evaluate(agent: Agent, envs: Envs, episodes: int, seed: int, video: Path | None = None) -> dict:
+    """Play whole episodes, actions drawn from the policy -> eval/... figures.
+
+    Each environment plays a number of episodes fixed beforehand, so that short ones do not crowd out long ones, and
+    the random numbers come from a generator of their own, so that evaluating leaves training as it was.
+    """
+    device = next(agent.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    left = np.array([len(range(i, episodes, len(envs.envs))) for i in range(len(envs.envs))])
+    results, writer = [], None
+    envs.reset([seed, 1])
+    while left.any():
+        if video:
+            frame = envs.envs[0].render()
+            writer = writer or open_video(video, frame, envs.envs[0].metadata.get("render_fps", 30))
+            writer.write_frame(frame)
+        actions, *_ = agent.act(torch.as_tensor(envs.obs, device=device), generator)
+        rows = np.flatnonzero(left)
+        envs.step(actions[rows].tolist(), rows)
+        for i, episode in sorted(envs.finished.items()):
+            results.append(episode)
+            left[i] -= 1
+        if writer and 0 in envs.finished:
+            writer.close()
+            video = writer = None
+    figures = {"eval/episodes": float(episodes)}
+    for name in results[0]:
+        column, name = np.array([episode[name] for episode in results]), name.removeprefix("episodic_")
+        figures |= {f"eval/{name}_{f}": float(getattr(column, f)()) for f in ("mean", "std", "max")}
+    if "eval/flag_mean" in figures:
+        figures["eval/flag_rate"] = figures["eval/flag_mean"]
+    return figures
+
+
+def open_video(path: Path, frame: np.ndarray, fps: float):
+    """An mp4 encoder for frames of this size; it takes them one by one, so no frame needs to be kept or copied."""
+    from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FFMPEG_VideoWriter(str(path), frame.shape[1::-1], fps)
+
+
+def eval_envs(args: Args) -> Envs:
+    """The environments of an evaluation; the first one draws if videos are wanted."""
+    return Envs(args.env, min(args.eval_episodes, 16), args.num_threads, "rgb_array" if args.capture_video else None)
+
+
+def play(agent: Agent, args: Args) -> None:
+    """--evaluate: play a checkpoint and say how it did."""
+    path = Path(args.evaluate)
+    video = path.parent / "videos" / f"{path.stem}.mp4" if args.capture_video else None
+    r = evaluate(agent, eval_envs(args), args.eval_episodes, args.seed, video)
+    text = f"{args.eval_episodes} episodes: return {r['eval/return_mean']:.1f} +- {r['eval/return_std']:.1f}"
+    if "eval/flag_rate" in r:
+        text += f", flag {r['eval/flag_rate']:.0%}, x {r['eval/x_pos_mean']:.0f} +- {r['eval/x_pos_std']:.0f}"
+    print(text + (f"\nvideo: {video}" if video else ""))
+
+
+# ------------------------------------------------------------------------------------------------ save, load, log
+
+
+def save(path: Path, state: dict) -> None:
+    """Write to a temporary file, flush, rename: a kill at any moment leaves the previous checkpoint whole."""
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+def load(path: Path) -> dict:
+    """Read a checkpoint of this script. weights_only: a file from a stranger cannot run code."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        script, _ = state["script"], state["agent"]
+    except FileNotFoundError:
+        fail(f"There is no checkpoint {path}; name a run or a file that exists.")
+    except Exception as error:
+        fail(f"{path} cannot be read as a checkpoint ({type(error).__name__}); try best.pt or checkpoint.pt of a run.")
+    if script != SCRIPT:
+        fail(f"{path} is a checkpoint of {script}.py; {SCRIPT}.py cannot use it, {script}.py can.")
+    return state
+
+
+class Run:
+    """What surrounds the training: folder, log, evaluations, checkpoints, and the end, however it comes.
+
+    `parts` (agent, optimiser, ...) are what a resumed run continues with, each saved and loaded by its state_dict.
+    """
+
+    def __init__(self, args: Args, state: dict, device: torch.device, image: bool, **parts):
+        self.args, self.device, self.parts = args, device, parts
+        self.threads = os.cpu_count() if image and device.type == "cpu" else 1
+        self.global_step, self.best = state.get("global_step", 0), state.get("best", -math.inf)
+        self.envs = eval_envs(args) if args.capture_video else None  # one that cannot draw shall say so now
+        for name, part in parts.items() if state else ():
+            part.load_state_dict(state[name])
+        if state:
+            torch.set_rng_state(state["rng"])
+        if state and device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"])
+        name = f"{args.env}__{SCRIPT}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+        self.dir = Path(args.resume or args.run_dir or f"runs/{name}")
+        if (self.dir / "checkpoint.pt").exists() and not args.resume:
+            fail(f"--run-dir {self.dir} holds a run already; continue it with --resume {self.dir} or name another.")
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"--run-dir {self.dir} cannot be made ({error.strerror}); name another folder.")
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = None
+        with contextlib.suppress(OSError):  # no git here
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        packages = "torch", "gymnasium", "gym-super-mario-bros", "numpy"
+        versions = {package: importlib.metadata.version(package) for package in packages}
+        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} x {platform.machine()}"
+        config = {"script": SCRIPT, **asdict(args), "versions": versions, "device": name, "commit": commit}
+        (self.dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+        self.file = open(self.dir / "metrics.jsonl", "ab", buffering=0)  # one write per line: a kill tears none
+        self.file.truncate(min(state.get("metrics_bytes", 0), self.file.tell()))  # what followed is played again
+        self.began = time.time() - state.get("seconds", 0)
+        self.clock, self.shown, self.sps = (time.time(), self.global_step), time.time(), 0.0
+        self.recent, self.figures, self.wandb = deque(maxlen=100), [], None
+        total, hidden = args.total_timesteps, not sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=self.global_step, unit=" steps", disable=hidden, dynamic_ncols=True)
+        if args.track:
+            import wandb
+
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity or None, "name": self.dir.name}
+            names |= {"dir": str(self.dir), "id": state.get("wandb_id"), "resume": "allow" if state else None}
+            if not (os.environ.get("WANDB_MODE") or sys.stdin.isatty() or wandb.login(prompt=False, verify=False)):
+                names["mode"] = "offline"  # without a key and a terminal wandb could only ask a question into the void
+            self.wandb, self.tracker = wandb, wandb.init(**names, config=asdict(args))
+            self.tracker.define_metric("*", step_metric="global_step")
+
+    def __enter__(self):
+        self.signal, self.updating = None, False
+        signal.signal(signal.SIGINT, self.interrupt)
+        signal.signal(signal.SIGTERM, self.interrupt)
+        self.mark()
+        self.save("checkpoint.pt")
+        return self
+
+    def interrupt(self, number, frame) -> None:
+        """Ctrl-C ends the run at once, but an update first becomes whole; a second Ctrl-C does not cut off saving."""
+        first, self.signal = self.signal is None, number
+        if first and not self.updating:
+            raise KeyboardInterrupt
+
+    def mark(self) -> None:
+        """Remember the point to which a resumed run goes back: the weights have changed and nothing else since."""
+        rng, cuda_rng = torch.get_rng_state(), torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        self.marked = {"global_step": self.global_step, "rng": rng, "cuda_rng": cuda_rng}
+        self.marked |= {"metrics_bytes": self.file.tell(), "seconds": time.time() - self.began}
+
+    def save(self, name: str) -> None:
+        args = asdict(replace(self.args, resume="", run_dir=str(self.dir)))
+        state = {"script": SCRIPT, "args": args, "best": self.best, "wandb_id": self.wandb and self.tracker.id}
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        save(self.dir / name, {**state, **parts, **self.marked})
+
+    def write(self, figures: dict, video: Path | None = None) -> None:
+        figures = {"global_step": self.global_step, "time": round(time.time() - self.began, 3), **figures}
+        self.file.write(json.dumps(figures).encode() + b"\n")
+        if self.wandb:
+            self.tracker.log(figures | ({"videos/eval": self.wandb.Video(str(video))} if video else {}))
+
+    def step(self, steps: int, finished: dict) -> None:
+        """Count agent steps, log the episodes that ended with them."""
+        self.global_step += steps
+        for _, episode in sorted(finished.items()):
+            self.recent.append(episode)
+            self.write({f"charts/{name}": figure for name, figure in episode.items()})
+        if time.time() - self.shown > (5 if self.bar.disable else 0.2):
+            self.show()
+
+    def show(self) -> None:
+        """Progress: a bar on a terminal, a line every 5 seconds elsewhere."""
+        self.shown, text = time.time(), ""
+        if self.recent:
+            mean = {name: np.mean([episode[name] for episode in self.recent]) for name in self.recent[0]}
+            text = f"return {mean['episodic_return']:.1f}"
+            text += f", flag {mean['flag']:.0%}, x {mean['x_pos']:.0f}" if "flag" in mean else ""
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(self.global_step - self.bar.n)
+        if self.bar.disable:
+            print(f"{self.global_step:,} of {self.bar.total:,} steps, {self.sps:,.0f} steps/s, {text}", flush=True)
+
+    @property
+    def remaining(self) -> float:
+        """The share of the training that lies ahead, for schedules."""
+        return 1 - self.global_step / self.args.total_timesteps
+
+    def begin_update(self) -> None:
+        """From here to the end of the update a signal waits; nothing steps environments, so all cores may compute."""
+        self.updating = True
+        torch.set_num_threads(self.threads)
+
+    def end_update(self, figures: dict) -> None:
+        """Log the figures of the update, evaluate and save, each when it is due."""
+        torch.set_num_threads(1)
+        self.figures.append({name: float(figure) for name, figure in figures.items()})
+        if not all(map(math.isfinite, self.figures[-1].values())):
+            raise FloatingPointError("a loss or a gradient is no longer finite; try a smaller --learning-rate")
+        logging, evaluating, saving = (
+            self.global_step >= self.args.last_step
+            or (every > 0 and self.global_step // every > self.marked["global_step"] // every)
+            for every in (self.args.log_every, self.args.eval_every, self.args.save_every)
+        )
+        if logging:
+            means = {name: sum(f[name] for f in self.figures) / len(self.figures) for name in figures}
+            self.sps = (self.global_step - self.clock[1]) / (time.time() - self.clock[0])
+            self.write(means | {"charts/SPS": self.sps})
+            self.figures = []
+        self.mark()
+        self.updating = False
+        if self.signal:
+            raise KeyboardInterrupt
+        if evaluating:
+            video = self.dir / "videos" / f"{self.global_step}.mp4" if self.args.capture_video else None
+            self.envs = self.envs or eval_envs(self.args)
+            result = evaluate(self.parts["agent"], self.envs, self.args.eval_episodes, self.args.seed, video)
+            self.write(result, video)
+            self.mark()
+            if result["eval/return_mean"] >= self.best:
+                self.best = result["eval/return_mean"]
+                self.save("best.pt")
+        if saving:
+            self.save("checkpoint.pt")
+        if logging or evaluating or saving:
+            self.clock = time.time(), self.global_step
+
+    def __exit__(self, kind, error, trace) -> None:
+        ending, code = "finished", 0
+        if kind is KeyboardInterrupt:
+            ending, code = "stopped", 128 + self.signal
+        elif error:
+            ending, code = f"failed ({error})", 1
+            (self.dir / "error.txt").write_text("".join(traceback.format_exception(error)))
+        if code and not self.updating:  # in the middle of an update the last checkpoint is the good one
+            self.save("checkpoint.pt")
+        self.bar.update(self.global_step - self.bar.n)
+        self.bar.close()
+        self.file.close()
+        if self.wandb:
+            self.tracker.finish()
+        command = f"{'uv run' if 'UV' in os.environ else 'python'} {sys.argv[0]}"
+        played = "best.pt" if (self.dir / "best.pt").exists() else "checkpoint.pt"
+        kept = load(self.dir / "checkpoint.pt")["global_step"]
+        print(f"The run {ending}; all is kept in {self.dir} as of step {kept:,}.")
+        if code == 1:
+            print(f"What failed, in full: {self.dir / 'error.txt'}")
+        if code:
+            print(f"Continue it: {command} --resume {self.dir}")
+        print(f"Watch it: {command} --evaluate {self.dir / played} --capture-video")
+        sys.exit(code)
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+
+def set_up(args: Args) -> tuple[torch.device, Envs, Agent]:
+    """The device, the environments to train on and a new agent for them."""
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.cuda and device.type == "cpu":
+        print("--cuda: no CUDA device was found; going on with the CPU.")
+    elif not args.cuda and torch.cuda.is_available():
+        print("A CUDA device was found; --cuda would use it.")
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # threads of torch beside those that step environments slow both down many times
+    envs = Envs(args.env, 1 if args.evaluate else args.num_envs, args.num_threads)
+    fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    dtype = torch.bfloat16 if envs.image and fast else torch.float32
+    agent = Agent(envs.obs.shape[1:], envs.num_actions, envs.image, dtype)
+    agent.to(device, memory_format=torch.channels_last if envs.image else torch.preserve_format)
+    if args.compile:
+        agent.compile(mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
+    return device, envs, agent
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while there is nothing to save, Ctrl-C simply ends the script
+    args, state = parse()
+    device, envs, agent = set_up(args)
+    if args.evaluate:
+        agent.load_state_dict(state["agent"])
+        return play(agent, args)
+    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
+    to_device = functools.partial(torch.as_tensor, device=device)
+
+    with Run(args, state, device, envs.image, agent=agent, optimizer=optimizer) as run:
+        envs.reset([args.seed, 0, run.global_step])  # a resumed run meets new episodes
+        while run.global_step < args.last_step:
+            lr = args.learning_rate * (run.remaining if args.anneal_lr else 1)
+            optimizer.param_groups[0]["lr"] = lr
+
+            # act: every environment plays one whole episode, so short ones do not crowd out long ones
+            steps, playing = [], np.ones(args.num_envs, bool)
+            while playing.any():
+                rows = np.flatnonzero(playing)
+                obs = to_device(envs.obs[rows])  # a copy
+                with torch.no_grad():
+                    actions, _ = agent.act(obs)
+                envs.step(actions.tolist(), rows)
+                rewards = np.where(playing, envs.rewards, 0)
+                steps.append((obs, actions, rewards, playing.copy()))
+                playing[rows] = ~(envs.terminated | envs.truncated)[rows]
+                run.step(len(rows), envs.finished)
+
+            # learn
+            run.begin_update()
+            obs, actions, rewards, played = zip(*steps, strict=True)
+            returns, played = reward_to_go(np.stack(rewards), args.gamma), np.stack(played)
+            batch = {"obs": torch.cat(obs), "actions": torch.cat(actions)}
+            batch["returns"] = to_device(returns[played], dtype=torch.float32)
+            if args.discount_start:
+                batch["returns"] *= to_device(args.gamma ** np.nonzero(played)[0], dtype=torch.float32)
+            figures = update(agent, optimizer, args, batch)
+            run.end_update(figures | {"charts/learning_rate": lr})
+
+
+if __name__ == "__main__":
+    main()
