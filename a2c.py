@@ -39,7 +39,7 @@ A3C came first (the asynchronous form): 16 threads, each with its own Mario and 
 gradients to shared weights without waiting for one another, so a gradient may be of weights that have moved on. The
 stale gradients turned out to help nothing. Waiting for all and updating once gives the same estimator, a batch that
 processors like, and runs that can be repeated: A2C. RMSProp is the paper's optimiser. Its epsilon of 1e-5 stands under
-the root there; PyTorch adds it behind the root, where the same floor is sqrt(1e-5), three hundred times as much as 1e-5.
+the root there; PyTorch adds it behind the root, where the same floor is sqrt(1e-5), 300 times as much.
 
 What is still wrong: nothing bounds a step. One bad batch can wreck a policy that took an hour to learn, and all data to
 come is then drawn from the wreck.
@@ -491,11 +491,11 @@ class Run:
     """What surrounds the training: folder, log, evaluations, checkpoints, and the end, however it comes.
 
     `parts` (agent, optimiser, ...) are what a resumed run continues with, each saved and loaded by its state_dict.
+    `threads` is how many threads torch may use between begin_update and end_update.
     """
 
-    def __init__(self, args: Args, state: dict, device: torch.device, image: bool, **parts):
-        self.args, self.device, self.parts = args, device, parts
-        self.threads = os.cpu_count() if image and device.type == "cpu" else 1
+    def __init__(self, args: Args, state: dict, device: torch.device, threads: int, **parts):
+        self.args, self.device, self.threads, self.parts = args, device, threads, parts
         self.global_step, self.best = state.get("global_step", 0), state.get("best", -math.inf)
         self.envs = eval_envs(args) if args.capture_video else None  # one that cannot draw shall say so now
         for name, part in parts.items() if state else ():
@@ -694,6 +694,7 @@ def main() -> None:
     # the paper's epsilon, 1e-5, stands under the root; outside it, where PyTorch adds it, that is its root
     optimizer = torch.optim.RMSprop(agent.parameters(), args.learning_rate, alpha=0.99, eps=math.sqrt(1e-5))
     scaler = RewardScaler(args.num_envs, args.gamma)
+    learn_threads = os.cpu_count() if envs.image and device.type == "cpu" else 1
     to_device = functools.partial(torch.as_tensor, device=device)
     shape = args.num_steps, args.num_envs
     obs = torch.zeros((*shape, *envs.obs.shape[1:]), dtype=torch.as_tensor(envs.obs).dtype, device=device)
@@ -701,7 +702,7 @@ def main() -> None:
     values, final_values = torch.zeros((2, *shape), device=device)
     rewards, (terminated, truncated) = np.zeros(shape, np.float32), np.zeros((2, *shape), bool)
 
-    with Run(args, state, device, envs.image, agent=agent, optimizer=optimizer, scaler=scaler) as run:
+    with Run(args, state, device, learn_threads, agent=agent, optimizer=optimizer, scaler=scaler) as run:
         envs.reset([args.seed, 0, run.global_step])  # a resumed run meets new episodes
         while run.global_step < args.last_step:
             lr = args.learning_rate * (run.remaining if args.anneal_lr else 1)

@@ -25,16 +25,17 @@ instead of a whole episode's. The actor moves along grad log pi(a_t|s_t) A_t, th
 r_t + gamma V(s_{t+1}), held constant (a semi-gradient: the target is not to come to meet the estimate). Mario jumps,
 sees where he stands now, and both learn before the next frame. Nothing is stored.
 
-Around it: gradients longer than 0.5 are shortened, an entropy bonus keeps the policy from freezing early, and rewards
-are divided by the running deviation of the discounted return. Sutton and Barto's factor gamma^t is dropped, as all
-practice does.
+Around it: rewards are divided by the running deviation of the discounted return, so that the same step sizes fit games
+that pay in cents and in thousands. Actor and critic have a step size each, the actor's ten times the smaller: it
+follows the critic, and has to give it time to learn what it says. On images both look through the same convolutions,
+which keep the actor's pace. Sutton and Barto's factor gamma^t is dropped, as all practice does.
 
 What is still wrong, and meant to be seen: V is not right. It learns from its own guesses, each update rests on a single
 frame that looks like the one before, and the actor follows a critic that is chasing a moving target. Runs climb, fall
 and sometimes freeze on one button; another seed tells another story. The figures below do not hide it.
 
     uv run actor_critic.py                                                    # Super Mario Bros 1-1
-    uv run actor_critic.py --env CartPole-v1 AC_FLAGS
+    uv run actor_critic.py --env CartPole-v1 --total-timesteps 100000 --gamma 0.99 --eval-episodes 100
 
 Sutton & Barto 2018, section 13.5; Barto, Sutton & Anderson 1983, doi 10.1109/TSMC.1983.6313077; Mnih et al. 2015, doi
 10.1038/nature14236 (the images).
@@ -308,13 +309,13 @@ def trunk(obs_shape: tuple, image: bool) -> nn.Sequential:
 
 
 class Agent(nn.Module):
-    """The policy pi(a|s) and the value V(s), two networks that share nothing."""
+    """The policy pi(a|s) and the value V(s). On images they share a trunk, on vectors each has its own."""
 
     def __init__(self, obs_shape: tuple, num_actions: int, image: bool, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.image, self.dtype = image, dtype
         self.actor_trunk = trunk(obs_shape, image)
-        self.critic_trunk = trunk(obs_shape, image)
+        self.critic_trunk = self.actor_trunk if image else trunk(obs_shape, image)
         self.actor = layer(nn.Linear(512 if image else 64, num_actions), 0.01)
         self.critic = layer(nn.Linear(512 if image else 64, 1), 1)
 
@@ -323,7 +324,8 @@ class Agent(nn.Module):
         if self.image:
             obs = obs.to(self.dtype, memory_format=torch.channels_last).div_(255)
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            features, critic_features = self.actor_trunk(obs), self.critic_trunk(obs)
+            features = self.actor_trunk(obs)
+            critic_features = features if self.image else self.critic_trunk(obs)
         return self.actor(features.float()), self.critic(critic_features.float()).squeeze(-1)
 
     def act(self, obs: torch.Tensor, generator=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -469,11 +471,11 @@ class Run:
     """What surrounds the training: folder, log, evaluations, checkpoints, and the end, however it comes.
 
     `parts` (agent, optimiser, ...) are what a resumed run continues with, each saved and loaded by its state_dict.
+    `threads` is how many threads torch may use between begin_update and end_update.
     """
 
-    def __init__(self, args: Args, state: dict, device: torch.device, image: bool, **parts):
-        self.args, self.device, self.parts = args, device, parts
-        self.threads = os.cpu_count() if image and device.type == "cpu" else 1
+    def __init__(self, args: Args, state: dict, device: torch.device, threads: int, **parts):
+        self.args, self.device, self.threads, self.parts = args, device, threads, parts
         self.global_step, self.best = state.get("global_step", 0), state.get("best", -math.inf)
         self.envs = eval_envs(args) if args.capture_video else None  # one that cannot draw shall say so now
         for name, part in parts.items() if state else ():
@@ -670,13 +672,14 @@ def main() -> None:
         agent.load_state_dict(state["agent"])
         return play(agent, args)
     policy = [*agent.actor_trunk.parameters(), *agent.actor.parameters()]
-    critic = [*agent.critic_trunk.parameters(), *agent.critic.parameters()]
+    critic = [*([] if envs.image else agent.critic_trunk.parameters()), *agent.critic.parameters()]
     groups = [{"params": policy, "lr": args.learning_rate}, {"params": critic, "lr": args.value_learning_rate}]
     optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
     scaler = RewardScaler(args.num_envs, args.gamma)
+    learn_threads = 1  # one step is too little work to share
     to_device = functools.partial(torch.as_tensor, device=device)
 
-    with Run(args, state, device, envs.image, agent=agent, optimizer=optimizer, scaler=scaler) as run:
+    with Run(args, state, device, learn_threads, agent=agent, optimizer=optimizer, scaler=scaler) as run:
         envs.reset([args.seed, 0, run.global_step])  # a resumed run meets new episodes
         while run.global_step < args.last_step:
             lr = args.learning_rate * (run.remaining if args.anneal_lr else 1)

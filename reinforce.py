@@ -341,16 +341,15 @@ def update(agent: Agent, optimizer, args: Args, batch: dict) -> dict:
     if args.norm_adv:
         weights = (weights - weights.mean()) / (weights.std(correction=0) + 1e-8)
     optimizer.zero_grad()
-    for rows in torch.arange(len(weights), device=weights.device).split(
-        2048
-    ):  # pieces that fit in memory: their gradients add up
+    pieces = torch.arange(len(weights), device=weights.device).split(2048)
+    for rows in pieces:  # as much as fits in memory; the gradients of the pieces add up
         log_probs = F.log_softmax(agent(batch["obs"][rows]), -1)
         chosen = log_probs.gather(-1, batch["actions"][rows, None]).squeeze(-1)
         loss = policy_loss(chosen, weights[rows], args.num_envs)
         loss.backward()
         pg_loss += loss.detach()
         entropy -= (log_probs.exp() * log_probs).detach().sum() / len(weights)
-    grad_norm = nn.utils.get_total_norm([p.grad for p in agent.parameters() if p.grad is not None])
+    grad_norm = nn.utils.get_total_norm([p.grad for p in optimizer.param_groups[0]["params"]])
     optimizer.step()
     figures = {"policy_loss": pg_loss, "entropy": entropy, "grad_norm": grad_norm}
     return {f"losses/{name}": figure for name, figure in figures.items()}
@@ -448,11 +447,11 @@ class Run:
     """What surrounds the training: folder, log, evaluations, checkpoints, and the end, however it comes.
 
     `parts` (agent, optimiser, ...) are what a resumed run continues with, each saved and loaded by its state_dict.
+    `threads` is how many threads torch may use between begin_update and end_update.
     """
 
-    def __init__(self, args: Args, state: dict, device: torch.device, image: bool, **parts):
-        self.args, self.device, self.parts = args, device, parts
-        self.threads = os.cpu_count() if image and device.type == "cpu" else 1
+    def __init__(self, args: Args, state: dict, device: torch.device, threads: int, **parts):
+        self.args, self.device, self.threads, self.parts = args, device, threads, parts
         self.global_step, self.best = state.get("global_step", 0), state.get("best", -math.inf)
         self.envs = eval_envs(args) if args.capture_video else None  # one that cannot draw shall say so now
         for name, part in parts.items() if state else ():
@@ -649,9 +648,10 @@ def main() -> None:
         agent.load_state_dict(state["agent"])
         return play(agent, args)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
+    learn_threads = os.cpu_count() if envs.image and device.type == "cpu" else 1
     to_device = functools.partial(torch.as_tensor, device=device)
 
-    with Run(args, state, device, envs.image, agent=agent, optimizer=optimizer) as run:
+    with Run(args, state, device, learn_threads, agent=agent, optimizer=optimizer) as run:
         envs.reset([args.seed, 0, run.global_step])  # a resumed run meets new episodes
         while run.global_step < args.last_step:
             lr = args.learning_rate * (run.remaining if args.anneal_lr else 1)

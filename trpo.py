@@ -571,11 +571,11 @@ class Run:
     """What surrounds the training: folder, log, evaluations, checkpoints, and the end, however it comes.
 
     `parts` (agent, optimiser, ...) are what a resumed run continues with, each saved and loaded by its state_dict.
+    `threads` is how many threads torch may use between begin_update and end_update.
     """
 
-    def __init__(self, args: Args, state: dict, device: torch.device, image: bool, **parts):
-        self.args, self.device, self.parts = args, device, parts
-        self.threads = os.cpu_count() if image and device.type == "cpu" else 1
+    def __init__(self, args: Args, state: dict, device: torch.device, threads: int, **parts):
+        self.args, self.device, self.threads, self.parts = args, device, threads, parts
         self.global_step, self.best = state.get("global_step", 0), state.get("best", -math.inf)
         self.envs = eval_envs(args) if args.capture_video else None  # one that cannot draw shall say so now
         for name, part in parts.items() if state else ():
@@ -774,6 +774,7 @@ def main() -> None:
     critic = [*agent.critic_trunk.parameters(), *agent.critic.parameters()]
     optimizer = torch.optim.Adam(critic, args.learning_rate, eps=1e-5, fused=True)
     scaler = RewardScaler(args.num_envs, args.gamma)
+    learn_threads = os.cpu_count() if envs.image and device.type == "cpu" else 1
     to_device = functools.partial(torch.as_tensor, device=device)
     shape = args.num_steps, args.num_envs
     obs = torch.zeros((*shape, *envs.obs.shape[1:]), dtype=torch.as_tensor(envs.obs).dtype, device=device)
@@ -781,7 +782,7 @@ def main() -> None:
     values, final_values = torch.zeros((2, *shape), device=device)
     rewards, (terminated, truncated) = np.zeros(shape, np.float32), np.zeros((2, *shape), bool)
 
-    with Run(args, state, device, envs.image, agent=agent, optimizer=optimizer, scaler=scaler) as run:
+    with Run(args, state, device, learn_threads, agent=agent, optimizer=optimizer, scaler=scaler) as run:
         envs.reset([args.seed, 0, run.global_step])  # a resumed run meets new episodes
         while run.global_step < args.last_step:
             lr = args.learning_rate * (run.remaining if args.anneal_lr else 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.set_num_threads(1)  # as the scripts have it; more would only fight with whatever else runs here
 ROOT = Path(__file__).parent.parent
 LADDER = ["reinforce", "reinforce_baseline", "actor_critic", "a2c", "trpo", "ppo", "dreamerv3"]
 SCRIPTS = [name for name in LADDER if (ROOT / f"{name}.py").exists()]
