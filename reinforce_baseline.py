@@ -90,7 +90,7 @@ class Args:
     total_timesteps: int = 2_000_000  # agent steps to train for, all environments together
     num_envs: int = 16  # environments played in parallel, one whole episode each per update
     num_threads: int = 0  # threads that step them; 0: one more than cores for images, one for vectors
-    learning_rate: float = 2.5e-4  # step size of the optimiser
+    learning_rate: float = 1e-3  # step size of the optimiser
     gamma: float = 0.9  # discount factor
     eval_episodes: int = 20  # episodes per evaluation
     eval_every: int = 100_000  # agent steps between evaluations; 0: only at the end
