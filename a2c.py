@@ -233,6 +233,11 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     return Frames(env) if image else env
 
 
+def cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 class Envs:
     """Environments stepped together, in threads where that pays: the NES emulator releases Python's lock.
 
@@ -249,7 +254,7 @@ class Envs:
         self.final_obs, self.finished = self.obs.copy(), {}
         self.rewards, self.returns, self.lengths = np.zeros((3, num_envs))
         self.terminated, self.truncated = np.zeros((2, num_envs), bool)
-        num_threads = min(num_envs, num_threads or (os.cpu_count() + 1 if self.image else 1))
+        num_threads = min(num_envs, num_threads or (cores() + 1 if self.image else 1))
         self.map = ThreadPoolExecutor(num_threads).map if num_threads > 1 else map
 
     def reset(self, seed: int | list[int]) -> None:
@@ -518,7 +523,7 @@ class Run:
             commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
         packages = "torch", "gymnasium", "gym-super-mario-bros", "numpy"
         versions = {package: importlib.metadata.version(package) for package in packages}
-        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} x {platform.machine()}"
+        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cores()} x {platform.machine()}"
         config = {"script": SCRIPT, **asdict(args), "versions": versions, "device": name, "commit": commit}
         (self.dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -548,7 +553,7 @@ class Run:
         return self
 
     def interrupt(self, number, frame) -> None:
-        """Ctrl-C ends the run at once, but an update first becomes whole; a second Ctrl-C does not cut off saving."""
+        """Ctrl-C ends the run at once, but an update first becomes whole; a second Ctrl-C changes nothing."""
         first, self.signal = self.signal is None, number
         if first and not self.updating:
             raise KeyboardInterrupt
@@ -637,9 +642,11 @@ class Run:
             self.clock = time.time(), self.global_step
 
     def __exit__(self, kind, error, trace) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # nothing shall cut off the saving
         ending, code = "finished", 0
         if kind is KeyboardInterrupt:
-            ending, code = "stopped", 128 + self.signal
+            ending, code = "stopped", 128 + (self.signal or signal.SIGINT)
         elif error:
             ending, code = f"failed ({error})", 1
             (self.dir / "error.txt").write_text("".join(traceback.format_exception(error)))
@@ -694,7 +701,7 @@ def main() -> None:
     # the paper's epsilon, 1e-5, stands under the root; outside it, where PyTorch adds it, that is its root
     optimizer = torch.optim.RMSprop(agent.parameters(), args.learning_rate, alpha=0.99, eps=math.sqrt(1e-5))
     scaler = RewardScaler(args.num_envs, args.gamma)
-    learn_threads = os.cpu_count() if envs.image and device.type == "cpu" else 1
+    learn_threads = cores() if envs.image and device.type == "cpu" else 1
     to_device = functools.partial(torch.as_tensor, device=device)
     shape = args.num_steps, args.num_envs
     obs = torch.zeros((*shape, *envs.obs.shape[1:]), dtype=torch.as_tensor(envs.obs).dtype, device=device)

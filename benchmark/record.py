@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+LADDER = ["reinforce", "reinforce_baseline", "actor_critic", "a2c", "trpo", "ppo", "dreamerv3"]
 
 
 def keep(run: Path, note: str = "") -> Path:
@@ -46,7 +47,7 @@ def final_table(folders: list[Path]) -> str:
         "| environment | script | seeds | agent steps | last evaluation, per seed | episodes each | minutes |",
         "|---|---|---|---|---|---|---|",
     ]
-    for (env, script), runs in sorted(groups.items()):
+    for (env, script), runs in sorted(groups.items(), key=lambda group: (group[0][0], LADDER.index(group[0][1]))):
         runs.sort(key=lambda run: run[0])
         last = [row for _, row in runs]
         seeds = ", ".join(str(seed) for seed, _ in runs)
@@ -73,6 +74,23 @@ def mario_table(folder: Path, every: int = 200_000) -> str:
     return "\n".join(lines)
 
 
+def mario_ladder(folders: list[Path], budget: int = 300_000) -> str:
+    """What each script had shown after so many agent steps of training: all its episodes, and the last 100 of them."""
+    lines = [
+        "| script | mean x | best x | flags, last 100 | flags, all | return | episodes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for folder in sorted(folders, key=lambda folder: LADDER.index(load(folder)[0]["script"])):
+        config, rows = load(folder)
+        episodes = [row for row in rows if "charts/flag" in row and row["global_step"] <= budget]
+        recent, best = episodes[-100:], max(row["charts/x_pos"] for row in episodes)
+        flags = [sum(row["charts/flag"] for row in some) for some in (recent, episodes)]
+        x, paid = (statistics.mean(row[f"charts/{key}"] for row in recent) for key in ("x_pos", "episodic_return"))
+        name = f"`{config['script']}.py`"
+        lines.append(f"| {name} | {x:,.0f} | {best:,} | {flags[0]} | {flags[1]} | {paid:,.0f} | {len(episodes):,} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     for run in sys.argv[1:]:
         run, _, note = run.partition("=")  # RUN=NOTE keeps a trial beside the run with the defaults
@@ -81,8 +99,12 @@ def main() -> None:
         return
     folders = sorted(path.parent for path in RESULTS.glob("*/metrics.jsonl.gz") if path.parent.name.count("__") == 2)
     print(final_table(folders))
-    for folder in folders:
-        if folder.name.startswith("SuperMario"):
+    mario = [
+        folder for folder in folders if folder.name.startswith("SuperMarioBros-1-1") and folder.name.endswith("__1")
+    ]
+    print(f"\nMario, the first 300,000 steps of training, seed 1\n\n{mario_ladder(mario)}")
+    for folder in mario:
+        if folder.name.endswith("__ppo__1"):
             print(f"\n{folder.name}\n\n{mario_table(folder)}")
 
 

@@ -11,18 +11,19 @@
 #     "tyro>=0.9,<2",
 #     "wandb>=0.31,<1",
 #     "stable-baselines3>=2.9,<3",
+#     "sb3-contrib>=2.9,<3",
 # ]
 # ///
-"""Agent steps per second, learning included, of the scripts beside Stable-Baselines3, all in one run.
+"""Agent steps per second, learning included, of the scripts beside Stable-Baselines3 and sb3-contrib, in one run.
 
-    uv run benchmark/speed.py                     # everything, about 12 minutes
+    uv run benchmark/speed.py                     # everything, about half an hour
     uv run benchmark/speed.py --only CartPole     # what has this word in its name
 
 Every contender runs in a process of its own, one after another, and the whole round is repeated, so that a slow minute
-of the machine falls on all of them. Steps per second are counted from the second update on; `start` is the time from
-the command to the end of the first update. Both sides have 8 environments x 128 steps, minibatches of 256, 4 epochs,
-the same network, and each library's own choice of threads. Run it on a quiet machine: what else runs is part of the
-result.
+of the machine falls on all of them. Steps per second are counted behind the first 1,024 steps; `start` is the time from
+the command until these have been played and learnt from. Both sides have 8 environments, the same network and the same
+amount of learning per step (FLAGS and SB3), and each library's own choice of threads. Run it on a quiet machine: what
+else runs is part of the result.
 """
 
 import argparse
@@ -41,16 +42,45 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 MARIO = "SuperMarioBros-1-1-v0"
-SAME = "--num-envs 8 --num-steps 128 --num-minibatches 4 --update-epochs 4 --eval-every 0 --save-every 0".split()
+COMMON = "--eval-every 0 --save-every 0 --eval-episodes 1 --log-every 512".split()
+FLAGS = {
+    "reinforce.py": "--num-envs 8",
+    "reinforce_baseline.py": "--num-envs 8",
+    "actor_critic.py": "--num-envs 1",
+    "a2c.py": "--num-envs 8 --num-steps 5",
+    "trpo.py": "--num-envs 8 --num-steps 128 --cg-iterations 15 --fisher-every 1"
+    " --value-epochs 10 --value-batch-size 128",
+    "ppo.py": "--num-envs 8 --num-steps 128 --num-minibatches 4 --update-epochs 4",
+}
+SB3 = {
+    "PPO": {"n_steps": 128, "batch_size": 256, "n_epochs": 4, "ent_coef": 0.01},
+    "A2C": {"n_steps": 5, "ent_coef": 0.01},
+    "TRPO": {"n_steps": 128, "batch_size": 128, "n_critic_updates": 10, "cg_max_steps": 15},
+}
 
-# name -> (kind, environment, updates to time)
+# name -> (kind, environment, steps to time); a script's row is compared with the rows of its group, before the colon
 CONTENDERS = {
-    "Mario: emulator alone": ("floor", MARIO, 0),
-    "Mario: ppo.py": ("ppo.py", MARIO, 8),
-    "Mario: SB3 PPO, Gymnasium's wrappers": ("sb3", MARIO, 4),
-    "Mario: SB3 PPO, our preprocessing": ("sb3 ours", MARIO, 6),
-    "CartPole: ppo.py": ("ppo.py", "CartPole-v1", 40),
-    "CartPole: SB3 PPO": ("sb3", "CartPole-v1", 20),
+    "Mario, PPO: emulator alone": ("floor", MARIO, 0),
+    "Mario, PPO: ppo.py": ("ppo.py", MARIO, 6144),
+    "Mario, PPO: SB3, Gymnasium's wrappers": ("sb3 PPO", MARIO, 4096),
+    "Mario, PPO: SB3, our preprocessing": ("ours PPO", MARIO, 4096),
+    "Mario, A2C: a2c.py": ("a2c.py", MARIO, 4096),
+    "Mario, A2C: SB3, Gymnasium's wrappers": ("sb3 A2C", MARIO, 2048),
+    "Mario, A2C: SB3, our preprocessing": ("ours A2C", MARIO, 2048),
+    "Mario, TRPO: trpo.py": ("trpo.py", MARIO, 2048),
+    "Mario, TRPO: sb3-contrib, Gymnasium's wrappers": ("sb3 TRPO", MARIO, 2048),
+    "Mario: actor_critic.py": ("actor_critic.py", MARIO, 1024),
+    "Mario: reinforce_baseline.py": ("reinforce_baseline.py", MARIO, 4096),
+    "Mario: reinforce.py": ("reinforce.py", MARIO, 4096),
+    "CartPole, PPO: ppo.py": ("ppo.py", "CartPole-v1", 40960),
+    "CartPole, PPO: SB3": ("sb3 PPO", "CartPole-v1", 20480),
+    "CartPole, A2C: a2c.py": ("a2c.py", "CartPole-v1", 40960),
+    "CartPole, A2C: SB3": ("sb3 A2C", "CartPole-v1", 20480),
+    "CartPole, TRPO: trpo.py": ("trpo.py", "CartPole-v1", 40960),
+    "CartPole, TRPO: sb3-contrib": ("sb3 TRPO", "CartPole-v1", 20480),
+    "CartPole: actor_critic.py": ("actor_critic.py", "CartPole-v1", 4096),
+    "CartPole: reinforce_baseline.py": ("reinforce_baseline.py", "CartPole-v1", 40960),
+    "CartPole: reinforce.py": ("reinforce.py", "CartPole-v1", 40960),
 }
 
 
@@ -82,32 +112,33 @@ def floor(seconds: float = 10.0) -> float:
     return sum(counts) / seconds / 4
 
 
-def ours(script: str, env: str, updates: int) -> tuple[float, float]:
-    """Run a script as a user does -> steps/s from the second update on, seconds to the first."""
+def rate(clock: list[tuple[int, float]]) -> tuple[float, float]:
+    """(steps, time) whenever both were known -> steps/s behind the first 1,024 steps, the time at which these ended."""
+    first = next(point for point in clock if point[0] >= 1024)
+    return (clock[-1][0] - first[0]) / (clock[-1][1] - first[1]), first[1]
+
+
+def ours(script: str, env: str, steps: int) -> tuple[float, float]:
+    """Run a script as a user does -> steps/s, seconds from the command to the end of the first 1,024 steps."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--env", env, *SAME, "--total-timesteps", str(1024 * (updates + 1)), "--run-dir", f"{folder}/run"]
+        run = Path(folder) / "run"
+        flags = ["--env", env, *FLAGS[script].split(), *COMMON, "--total-timesteps", str(1024 + steps)]
         began = time.time()
-        process = subprocess.Popen(
-            [sys.executable, ROOT / script, *flags, "--eval-episodes", "1"], stdout=subprocess.DEVNULL
-        )
-        metrics, first = Path(folder) / "run" / "metrics.jsonl", None
-        while process.poll() is None and first is None:
-            time.sleep(0.02)
-            if metrics.exists() and "charts/SPS" in metrics.read_text():
-                first = time.time() - began
-        assert process.wait() == 0, f"{script} failed"
-        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    rates = [row["charts/SPS"] for row in rows if "charts/SPS" in row][1:]
-    return statistics.harmonic_mean(rates), first
+        subprocess.run([sys.executable, ROOT / script, *flags, "--run-dir", run], stdout=subprocess.DEVNULL, check=True)
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        started = (run / "config.json").stat().st_mtime - began  # the clock of the rows begins right after it
+    per_second, first = rate([(row["global_step"], row["time"]) for row in rows if "charts/SPS" in row])
+    return per_second, started + first
 
 
-def sb3(kind: str, env_id: str, updates: int) -> None:
-    """In a process of its own: train Stable-Baselines3's PPO and print the times at which its rollouts began."""
+def sb3(kind: str, env_id: str, steps: int) -> None:
+    """In a process of its own: train the peer's algorithm and print steps and time whenever a rollout begins."""
     sys.path.insert(0, str(ROOT))
     import gymnasium as gym
     from gym_super_mario_bros.actions import SIMPLE_MOVEMENT
     from nes_py.wrappers import JoypadSpace
-    from stable_baselines3 import PPO
+    from sb3_contrib import TRPO
+    from stable_baselines3 import A2C, PPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
@@ -126,32 +157,33 @@ def sb3(kind: str, env_id: str, updates: int) -> None:
 
     class Clock(BaseCallback):
         def _on_rollout_start(self) -> None:
-            print(time.time(), flush=True)
+            print(self.num_timesteps, time.time(), flush=True)
 
         def _on_step(self) -> bool:
             return True
 
     image = env_id == MARIO
-    make = with_ours if kind == "sb3 ours" else standard if image else env_id
+    preprocessing, name = kind.split()
+    make = with_ours if preprocessing == "ours" else standard if image else env_id
     envs = make_vec_env(make, 8, vec_env_cls=SubprocVecEnv if image else DummyVecEnv)
     policy = "CnnPolicy" if image else "MlpPolicy"
-    model = PPO(policy, envs, n_steps=128, batch_size=256, n_epochs=4, ent_coef=0.01, device="cpu")
-    model.learn(1024 * (updates + 1), callback=Clock())
-    print(time.time(), flush=True)
+    model = {"PPO": PPO, "A2C": A2C, "TRPO": TRPO}[name](policy, envs, **SB3[name], device="cpu")
+    model.learn(1024 + steps, callback=Clock())
+    print(model.num_timesteps, time.time(), flush=True)
 
 
-def peer(kind: str, env: str, updates: int) -> tuple[float, float]:
+def peer(kind: str, env: str, steps: int) -> tuple[float, float]:
     began = time.time()
-    command = [sys.executable, __file__, "--worker", kind, env, str(updates)]
+    command = [sys.executable, __file__, "--worker", kind, env, str(steps)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    times = [float(line) for line in output.splitlines()]
-    return 1024 * updates / (times[-1] - times[1]), times[1] - began
+    lines = [line.split() for line in output.splitlines()]
+    return rate([(int(line[0]), float(line[1]) - began) for line in lines])
 
 
-def measure(kind: str, env: str, updates: int) -> tuple[float, float]:
+def measure(kind: str, env: str, steps: int) -> tuple[float, float]:
     if kind == "floor":
         return floor(), 0.0
-    return ours(kind, env, updates) if kind.endswith(".py") else peer(kind, env, updates)
+    return ours(kind, env, steps) if kind.endswith(".py") else peer(kind, env, steps)
 
 
 def processor() -> str:
@@ -178,17 +210,18 @@ def main() -> None:
             results[name].append(measure(*contender))
             print(f"round {repeat + 1}: {name}: {results[name][-1][0]:,.0f} steps/s", file=sys.stderr)
 
-    packages = ("torch", "gymnasium", "nes-py", "stable-baselines3")
+    packages = ("torch", "gymnasium", "nes-py", "stable-baselines3", "sb3-contrib")
     versions = {"python": platform.python_version()} | {package: version(package) for package in packages}
     print(f"{machine['cores']} x {machine['cpu']}, load before the first round: {machine['load before']:.1f}")
     print(", ".join(f"{name} {number}" for name, number in versions.items()) + "\n")
-    print("| agent steps/s, learning included | median | lowest - highest | ppo.py is | start (s) |")
+    print("| agent steps/s, learning included | median | lowest - highest | the script is | start (s) |")
     print("|---|---|---|---|---|")
     median = {name: statistics.median(rate for rate, _ in rates) for name, rates in results.items()}
     for name, rates in results.items():
         low, high = min(rate for rate, _ in rates), max(rate for rate, _ in rates)
-        mine = median.get(name.split(":")[0] + ": ppo.py")
-        ratio = f"{mine / median[name]:.2f} x" if mine and not name.endswith("ppo.py") else ""
+        group = name.split(":")[0]
+        mine = [median[other] for other in median if other.startswith(f"{group}:") and other.endswith(".py")]
+        ratio = f"{mine[0] / median[name]:.2f} x" if mine and not name.endswith(".py") else ""
         start = statistics.median(start for _, start in rates)
         spread, start = f"{low:,.0f} - {high:,.0f}", f"{start:.1f}" if start else ""
         print(f"| {name} | {median[name]:,.0f} | {spread} | {ratio} | {start} |")
