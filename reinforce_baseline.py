@@ -110,7 +110,7 @@ class Args:
     anneal_lr: bool = True  # let the learning rate fall linearly to 0
     # baseline
     value_learning_rate: float = 1e-3  # step size of the critic's optimiser
-    value_epochs: int = 5  # passes of the critic over each batch of episodes
+    value_epochs: int = 2  # passes of the critic over each batch of episodes
     value_batch_size: int = 256  # its minibatches
 
     @property
