@@ -41,7 +41,7 @@ all the luck that follows step t.
 
     uv run reinforce_baseline.py --cuda                                       # Super Mario Bros 1-1
     uv run reinforce_baseline.py --env CartPole-v1 --total-timesteps 190000 --num-envs 8 --gamma 0.99 \
-        --learning-rate 3e-3 --eval-episodes 100
+        --learning-rate 3e-3 --value-epochs 5 --eval-episodes 100
 
 Williams 1992, doi 10.1007/BF00992696; Sutton & Barto 2018, section 13.4; Mnih et al. 2015, doi 10.1038/nature14236 (the
 images).
