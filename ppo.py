@@ -39,7 +39,7 @@ usual, A_t > 0: the gradient makes it likelier, until at r_t = 1 + eps the clipp
 gradient stops. A bad step is made less likely until r_t = 1 - eps, no further. A move the wrong way (better than usual
 but r_t < 1) is never clipped: it can always be undone. The minimum makes (5) a lower bound of the unclipped objective,
 so one batch can serve for several epochs of minibatches without the policy leaving the region that the data describes.
-With one epoch, one minibatch and lambda = 1 the update is A2C's, to the digit (tests/test_ppo.py).
+With one epoch, one minibatch and lambda = 1 the update is A2C's, to the digit (tests/test_ladder.py).
 
 Around it: advantages are standardised per minibatch; an entropy bonus, falling to 0, keeps Mario trying other moves
 while he stands before a pipe; rewards are divided by the running deviation of the discounted return; the step size

@@ -103,6 +103,10 @@ class Oracle(torch.nn.Module):
 class Blind(Oracle):
     """The same for a script without a critic."""
 
+    def __init__(self, *_):
+        super().__init__()
+        del self.critic
+
     def forward(self, obs):
         return self.actor(obs)
 
