@@ -657,7 +657,7 @@ def set_up(args: Args) -> tuple[torch.device, Envs, Agent]:
     agent = Agent(envs.obs.shape[1:], envs.num_actions, envs.image, dtype)
     agent.to(device, memory_format=torch.channels_last if envs.image else torch.preserve_format)
     if args.compile:
-        agent.compile(mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
+        agent.compile(dynamic=True)  # batches of whole episodes have any size
     return device, envs, agent
 
 

@@ -416,7 +416,7 @@ def fisher_product(agent: Agent, obs: torch.Tensor, damping: float) -> Callable[
     (gradient of the KL) . v: twice backwards through the network, and no P x P matrix anywhere.
     """
     parameters = [*agent.actor_trunk.parameters(), *agent.actor.parameters()]
-    log_probs = F.log_softmax(agent(obs)[0], -1)
+    log_probs = F.log_softmax(agent.forward(obs)[0], -1)  # not agent(obs): compiled, it has no second derivatives
     kl_grad = torch.autograd.grad(kl_divergence(log_probs.detach(), log_probs), parameters, create_graph=True)
     kl_grad = flatten(kl_grad)
 

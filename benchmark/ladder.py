@@ -29,7 +29,7 @@ RUNGS = [
     Rung("reinforce", "reinforce_baseline", "a critic V(s), subtracted from the return", "Args Agent update main", 60),
     Rung(
         "reinforce_baseline", "actor_critic", "an update after every step, from the TD error; rewards brought to scale",
-        "Args check Agent policy_loss update main", 150,
+        "Args check Agent policy_loss update set_up main", 160,
     ),
     Rung(
         "actor_critic", "a2c", "many environments, n-step returns, entropy bonus, gradient clipping, RMSprop",
