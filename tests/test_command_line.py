@@ -134,13 +134,18 @@ def wandb_records(data):
             record = b""
 
 
-def test_wandb_and_moviepy_are_imported_only_when_asked_for(script, tmp_path):
-    code = f"import sys, {script.SCRIPT} as s; sys.argv[1:] = {[*tiny(script), '--run-dir', str(tmp_path / 'run')]}\n"
-    code += "try: s.main()\nexcept SystemExit: pass\nprint([m for m in ('wandb', 'moviepy') if m in sys.modules])"
-    env = {**ENVIRON, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path)
-    assert result.stdout.splitlines()[-1] == "[]", result.stderr
-    assert result.stderr == ""  # no warning either
+def test_wandb_and_moviepy_are_imported_only_when_asked_for(tmp_path):
+    env, processes = {**ENVIRON, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}, []
+    for name in SCRIPTS:
+        flags = [*tiny(importlib.import_module(name)), "--run-dir", str(tmp_path / name)]
+        code = f"import sys, {name} as s; sys.argv[1:] = {flags}\ntry: s.main()\nexcept SystemExit: pass\n"
+        code += "print([m for m in ('wandb', 'moviepy') if m in sys.modules])"
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen([sys.executable, "-c", code], env=env, cwd=tmp_path, **pipes))
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert out.splitlines()[-1] == "[]", err
+        assert err == ""  # no warning either
 
 
 def test_cuda_flag_without_a_device(script, call, tmp_path, capsys, monkeypatch):
@@ -231,11 +236,10 @@ def test_mistakes_get_one_sentence(name, flags, sentence, call, tmp_path, capsys
 
 
 def test_a_mistake_has_no_traceback(tmp_path):
-    for name in SCRIPTS:
-        for flags in (["--num-envs", "many"], ["--no-such-flag"], ["--env", "Mario"]):
-            process = start(name, *flags, cwd=tmp_path)
-            out, err = process.communicate(timeout=60)
-            assert process.returncode == 2 and "Traceback" not in out + err
+    mistakes = (["--num-envs", "many"], ["--no-such-flag"], ["--env", "Mario"])
+    for process in [start("ppo", *flags, cwd=tmp_path) for flags in mistakes]:
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 2 and "Traceback" not in out + err
 
 
 def test_checkpoints_that_do_not_fit(script, call, tmp_path, capsys):
@@ -281,24 +285,28 @@ def test_a_strangers_file_cannot_run_code(script, call, tmp_path, capsys, monkey
 # ---- runs that end early
 
 
-SIGNALS = [(name, signal.SIGTERM) for name in SCRIPTS] + [("ppo", signal.SIGINT)]  # both meet the same lines
-
-
-@pytest.mark.parametrize("name, number", SIGNALS)
-def test_signals_save_and_say_how_to_go_on(name, number, tmp_path):
-    flags = [*short(name), "--total-timesteps", "10000000", "--save-every", "0"]
-    process = start(name, *flags, "--run-dir", "run", cwd=tmp_path)
-    wait_for(process, lambda: len(metrics_so_far(tmp_path / "run")) > 50)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 128 + number and err == ""
-    assert "The run stopped; all is kept in run as of step" in out and "--resume run" in out
-    step = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["global_step"]
-    assert step > 0 and f"as of step {step:,}" in out
-    again = start(name, "--resume", "run", "--total-timesteps", str(step + 64), cwd=tmp_path)
-    out, err = again.communicate(timeout=60)
-    assert again.returncode == 0 and err == ""
-    assert metrics(tmp_path / "run")[-1]["global_step"] == step + 64
+def test_signals_save_and_say_how_to_go_on(tmp_path):
+    """Signals to a process of its own. tests/test_loop.py interrupts and resumes every script."""
+    cases = [("ppo", signal.SIGTERM), ("ppo", signal.SIGINT)]
+    running = []
+    for name, number in cases:
+        run = tmp_path / f"{name}{number}"
+        flags = [*short(name), "--total-timesteps", "10000000", "--save-every", "0", "--run-dir", run]
+        running.append((name, number, run, start(name, *flags, cwd=tmp_path)))
+    for i, (name, number, run, process) in enumerate(running):
+        wait_for(process, lambda run=run: len(metrics_so_far(run)) > 50)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 128 + number and err == ""
+        assert f"The run stopped; all is kept in {run} as of step" in out and f"--resume {run}" in out
+        step = torch.load(run / "checkpoint.pt", weights_only=True)["global_step"]
+        assert step > 0 and f"as of step {step:,}" in out
+        again = start(name, "--resume", run, "--total-timesteps", step + 64, cwd=tmp_path)
+        running[i] = run, step, again
+    for run, step, again in running:
+        out, err = again.communicate(timeout=120)
+        assert again.returncode == 0 and err == ""
+        assert metrics(run)[-1]["global_step"] == step + 64
 
 
 def metrics_so_far(run):

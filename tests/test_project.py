@@ -48,31 +48,39 @@ def test_syntax_is_valid_on_python_3_12():
         ast.parse((ROOT / f"{name}.py").read_text(), feature_version=(3, 12))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_one_file_in_an_empty_folder(name, tmp_path):
+def together(commands, **more):
+    """Run a command per script, all at once -> {script: (exit code, stdout, stderr)}."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = {name: subprocess.Popen(command, **pipes, **more) for name, command in commands.items()}
+    output = {name: process.communicate(timeout=300) for name, process in processes.items()}
+    return {name: (processes[name].returncode, *output[name]) for name in processes}
+
+
+def test_one_file_in_an_empty_folder(tmp_path):
     uv = os.environ.get("UV") or shutil.which("uv")
     if uv is None:
         pytest.skip("uv is not installed")
-    shutil.copy(ROOT / f"{name}.py", tmp_path)
-    flags = ["--env", "CartPole-v1", *short(name)[2:], "--total-timesteps", "64", "--run-dir", "run"]
+    commands = {}
+    for name in SCRIPTS:
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+        flags = ["--env", "CartPole-v1", *short(name)[2:], "--total-timesteps", "64", "--run-dir", f"run-{name}"]
+        commands[name] = [uv, "run", "--python", sys.executable, f"{name}.py", *flags]
     environ = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    command = [uv, "run", "--python", sys.executable, f"{name}.py", *flags]
-    result = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert metrics(tmp_path / "run")[-1]["eval/episodes"] == 2
-    assert f"Watch it: uv run {name}.py --evaluate run/best.pt" in result.stdout
+    for name, (code, out, err) in together(commands, cwd=tmp_path, env=environ).items():
+        assert code == 0, err
+        assert metrics(tmp_path / f"run-{name}")[-1]["eval/episodes"] == 2
+        assert f"Watch it: uv run {name}.py --evaluate run-{name}/best.pt" in out
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help_is_all_a_newcomer_needs(name):
-    result = subprocess.run([sys.executable, ROOT / f"{name}.py", "--help"], capture_output=True, text=True)
-    assert result.returncode == 0 and result.stderr == ""
-    script = __import__(name)
-    text = re.sub(r"[│\s]+", " ", result.stdout)
-    assert script.__doc__.partition("\n\n")[0] in text
-    for field in vars(script.Args()):
-        after = text.partition(f" --{field.replace('_', '-')}")[2]
-        assert re.match(r"[, \w-]* [\w{}|.,-]+ \w+", after), f"--{field} has no explanation"
+def test_help_is_all_a_newcomer_needs():
+    commands = {name: [sys.executable, ROOT / f"{name}.py", "--help"] for name in SCRIPTS}
+    for name, (code, out, err) in together(commands).items():
+        assert code == 0 and err == ""
+        script, text = __import__(name), re.sub(r"[│\s]+", " ", out)
+        assert script.__doc__.partition("\n\n")[0] in text
+        for field in vars(script.Args()):
+            after = text.partition(f" --{field.replace('_', '-')}")[2]
+            assert re.match(r"[, \w-]* [\w{}|.,-]+ \w+", after), f"--{field} has no explanation"
 
 
 def commands(text):
