@@ -47,6 +47,12 @@ come is then drawn from the wreck.
     uv run a2c.py --cuda                                                      # Super Mario Bros 1-1
     uv run a2c.py --env CartPole-v1 --total-timesteps 300000 --num-envs 8 --gamma 0.99 --learning-rate 3e-3 \
         --ent-coef 0 --eval-episodes 100
+    uv run a2c.py --env Acrobot-v1 --total-timesteps 300000 --num-envs 8 --gamma 0.99 --learning-rate 3e-3 \
+        --ent-coef 0 --eval-episodes 100
+
+Measured on 2 x86-64 cores without a GPU (flags, commits and curves in benchmark/results): over 100 episodes CartPole-v1
+returns 500 for seeds 1 to 5, Acrobot-v1 -84, -88 and -82 for seeds 1 to 3. Super Mario Bros 1-1, seed 1, 300,000
+steps: mean x = 879 over the last 100 episodes, one flag in all 2,504.
 
 Mnih et al. 2016, arXiv 1602.01783 (A3C); Schulman et al. 2016, arXiv 1506.02438 (GAE); Mnih et al. 2015, doi
 10.1038/nature14236 (the images).
@@ -595,7 +601,10 @@ class Run:
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(self.global_step - self.bar.n)
         if self.bar.disable:
-            print(f"{self.global_step:,} of {self.bar.total:,} steps, {self.sps:,.0f} steps/s, {text}", flush=True)
+            sps = self.sps or (self.global_step - self.clock[1]) / (
+                self.shown - self.clock[0]
+            )  # before the first update
+            print(f"{self.global_step:,} of {self.bar.total:,} steps, {sps:,.0f} steps/s, {text}", flush=True)
 
     @property
     def remaining(self) -> float:

@@ -37,6 +37,10 @@ and sometimes freeze on one button; another seed tells another story. The figure
     uv run actor_critic.py                                                    # Super Mario Bros 1-1
     uv run actor_critic.py --env CartPole-v1 --total-timesteps 100000 --gamma 0.99 --eval-episodes 100
 
+Measured on 2 x86-64 cores without a GPU (flags, commits and curves in benchmark/results): CartPole-v1 returns
+500 over 100 episodes for seeds 1 to 5. Super Mario Bros 1-1, seed 1: over 100 episodes he came to x = 856
+after 150,000 steps and only to 523 after 300,000, while the policy's entropy fell from 1.5 to 0.3; no flag.
+
 Sutton & Barto 2018, section 13.5; Barto, Sutton & Anderson 1983, doi 10.1109/TSMC.1983.6313077; Mnih et al. 2015, doi
 10.1038/nature14236 (the images).
 """
@@ -575,7 +579,10 @@ class Run:
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(self.global_step - self.bar.n)
         if self.bar.disable:
-            print(f"{self.global_step:,} of {self.bar.total:,} steps, {self.sps:,.0f} steps/s, {text}", flush=True)
+            sps = self.sps or (self.global_step - self.clock[1]) / (
+                self.shown - self.clock[0]
+            )  # before the first update
+            print(f"{self.global_step:,} of {self.bar.total:,} steps, {sps:,.0f} steps/s, {text}", flush=True)
 
     @property
     def remaining(self) -> float:

@@ -633,7 +633,10 @@ class Run:
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(self.global_step - self.bar.n)
         if self.bar.disable:
-            print(f"{self.global_step:,} of {self.bar.total:,} steps, {self.sps:,.0f} steps/s, {text}", flush=True)
+            sps = self.sps or (self.global_step - self.clock[1]) / (
+                self.shown - self.clock[0]
+            )  # before the first update
+            print(f"{self.global_step:,} of {self.bar.total:,} steps, {sps:,.0f} steps/s, {text}", flush=True)
 
     @property
     def remaining(self) -> float:

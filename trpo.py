@@ -32,8 +32,8 @@ Set the gradient of the Lagrangian to zero, g = F x / mu: the best direction is 
 same whatever the parameters are called. The bound then fixes its length: x is scaled by sqrt(2 delta / x'F x).
 
 F has as many rows as the network has weights, 1.7 million for Mario, and is never written down. Conjugate gradient
-solves F x = g from products F v alone, and F v is the gradient of (grad KL)'v: twice backwards through the network. The
-states of every fifth step suffice for F. A little damping, F + 0.1 I, keeps it invertible.
+solves F x = g from products F v alone, and F v is the gradient of (grad KL)'v: twice backwards through the network.
+Every fifth state suffices for F. A little damping, F + 0.1 I, keeps it invertible.
 
 The quadratic model is only a model, so a line search has the last word: it tries the full step, then shorter ones,
 until one of them improves L and keeps the true KL within delta. If none does, the policy stays exactly as it was.
@@ -46,8 +46,14 @@ What is still wrong: second derivatives, a linear solver and a line search, for 
     uv run trpo.py --cuda                                                     # Super Mario Bros 1-1
     uv run trpo.py --env CartPole-v1 --total-timesteps 100000 --num-envs 8 --num-steps 256 --gamma 0.99 \
         --eval-episodes 100
-    uv run trpo.py --env LunarLander-v3 TRPO_LL
-    uv run trpo.py --env Acrobot-v1 TRPO_AC
+    uv run trpo.py --env Acrobot-v1 --total-timesteps 100000 --num-envs 8 --num-steps 256 --gamma 0.99 \
+        --eval-episodes 100
+    uv run trpo.py --env LunarLander-v3 --total-timesteps 1000000 --num-envs 8 --num-steps 512 --gamma 0.999 \
+        --gae-lambda 0.98 --eval-every 250000 --eval-episodes 100
+
+Measured on 2 x86-64 cores without a GPU (flags, commits and curves in benchmark/results): over 100 episodes CartPole-v1
+returns 500 for seeds 1 to 5, Acrobot-v1 -80, -88 and -81, LunarLander-v3 264, 269 and 247 for seeds 1 to 3. Super Mario
+Bros 1-1, seed 1, 300,000 steps: mean x = 1,958 over the last 100 episodes, 14 flags in all 1,460.
 
 Schulman, Levine, Moritz, Jordan, Abbeel 2015, arXiv 1502.05477 (TRPO); Kakade 2001 (the natural policy gradient);
 Schulman et al. 2016, arXiv 1506.02438 (GAE); Mnih et al. 2015, doi 10.1038/nature14236 (the images).
@@ -675,7 +681,10 @@ class Run:
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(self.global_step - self.bar.n)
         if self.bar.disable:
-            print(f"{self.global_step:,} of {self.bar.total:,} steps, {self.sps:,.0f} steps/s, {text}", flush=True)
+            sps = self.sps or (self.global_step - self.clock[1]) / (
+                self.shown - self.clock[0]
+            )  # before the first update
+            print(f"{self.global_step:,} of {self.bar.total:,} steps, {sps:,.0f} steps/s, {text}", flush=True)
 
     @property
     def remaining(self) -> float:
