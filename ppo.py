@@ -405,8 +405,11 @@ def policy_loss(log_ratio: torch.Tensor, advantages: torch.Tensor, clip_coef: fl
 
 def value_loss(values, returns, old_values, clip_coef: float = math.inf) -> torch.Tensor:
     """Half the mean squared error of V, or of V held within clip_coef of its old value where that is worse; (B,)."""
-    clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
-    return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2).mean()
+    errors = (values - returns) ** 2
+    if clip_coef < math.inf:
+        clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+        errors = torch.max(errors, (clipped - returns) ** 2)
+    return 0.5 * errors.mean()
 
 
 def update(agent: Agent, optimizer, args: Args, batch: dict, ent_coef: float) -> dict:

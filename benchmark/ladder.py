@@ -36,7 +36,7 @@ RUNGS = [
         "Args update main", 97,
     ),
     Rung("a2c", "trpo", "a bound on the KL divergence: natural gradient, line search", "Args Agent update main", 122),
-    Rung("trpo", "ppo", "the clipped surrogate in place of the bound", "Args check Agent value_loss update main", 148),
+    Rung("trpo", "ppo", "the clipped surrogate in place of the bound", "Args check Agent value_loss update main", 152),
     Rung(
         "a2c", "ppo", "the ratio, clipped; several epochs of minibatches",
         "Args check policy_loss value_loss update main", 90,
