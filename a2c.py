@@ -30,7 +30,7 @@ add up, since each V but the first and the last cancels, to the n-step advantage
 
 up to the end of the rollout or of the episode. Each V that is not asked is an error of the critic that is not repeated.
 --gae-lambda below 1 trusts later TD errors less; lambda = 0 is the last script's (3) again, and one environment with
-one step is that script's update, to the digit.
+one step has that script's gradient, to the digit, where bonus and clipping are switched off.
 
 The loss joins the policy gradient (2), half the squared error of V and an entropy bonus, which falls to 0. One gradient
 step, then new data: the batch was drawn from a policy that no longer exists.

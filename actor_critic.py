@@ -31,15 +31,15 @@ follows the critic, and has to give it time to learn what it says. On images bot
 which keep the actor's pace. Sutton and Barto's factor gamma^t is dropped, as all practice does.
 
 What is still wrong, and meant to be seen: V is not right. It learns from its own guesses, each update rests on a single
-frame that looks like the one before, and the actor follows a critic that is chasing a moving target. Runs climb, fall
-and sometimes freeze on one button; another seed tells another story. The figures below do not hide it.
+frame that looks like the one before, and the actor follows a critic that is chasing a moving target. On CartPole that
+goes well; the run on Mario below climbs, falls and all but freezes.
 
     uv run actor_critic.py                                                    # Super Mario Bros 1-1
     uv run actor_critic.py --env CartPole-v1 --total-timesteps 100000 --gamma 0.99 --eval-episodes 100
 
-Measured on 2 x86-64 cores without a GPU (flags, commits and curves in benchmark/results): CartPole-v1 returns
-500 over 100 episodes for seeds 1 to 5. Super Mario Bros 1-1, seed 1: over 100 episodes he came to x = 856
-after 150,000 steps and only to 523 after 300,000, while the policy's entropy fell from 1.5 to 0.3; no flag.
+Measured on 2 x86-64 cores without a GPU (flags, commits and curves in benchmark/results): CartPole-v1 returns 500 over
+100 episodes for seeds 1 to 5. Super Mario Bros 1-1, seed 1: over 100 episodes he came to x = 856 after 150,000 steps
+and only to 523 after 300,000, while the policy's entropy fell from 1.5 to 0.3; no flag.
 
 Sutton & Barto 2018, section 13.5; Barto, Sutton & Anderson 1983, doi 10.1109/TSMC.1983.6313077; Mnih et al. 2015, doi
 10.1038/nature14236 (the images).
