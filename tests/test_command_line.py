@@ -200,7 +200,10 @@ CRITIC = {
 OWN_MISTAKES = {
     "reinforce": {"--total-timesteps 0": "--total-timesteps 0 cannot work; it must be above 0"},
     "reinforce_baseline": CRITIC | {"--value-learning-rate 0": "--value-learning-rate 0.0 cannot work"},
-    "actor_critic": LOSS | {"--total-timesteps 1": "it must be at least a batch, 2"},
+    "actor_critic": {
+        "--total-timesteps 1": "it must be at least a batch, 2",
+        "--value-learning-rate 0": "--value-learning-rate 0.0 cannot work",
+    },
     "a2c": ROLLOUT | LOSS,
     "trpo": ROLLOUT
     | CRITIC
