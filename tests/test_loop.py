@@ -188,6 +188,17 @@ def test_whole_episodes_one_per_environment(name, from_start, call, monkeypatch,
     assert len(update) == 9  # 3 x (2 + 3 + 4 + 5 + 6 + 2 + 3 + 4) = 87 < 96 <= 87 + 15
 
 
+@pytest.mark.parametrize("name", EPISODES)
+def test_a_short_episode_is_not_paid_for_what_follows_it(name, call, monkeypatch, tmp_path):
+    """Episodes of 1 or 40 steps, each step pays 1: the last step of each has a return of 1, whoever plays on."""
+    script = importlib.import_module(name)
+    update = spy(monkeypatch, script, "update")
+    flags = "--env probes:TwoLengths-v0 --num-envs 8 --total-timesteps 1000 --eval-episodes 1".split()
+    assert call(script, *flags, "--run-dir", tmp_path / "run") == 0
+    for batch in batches(update):
+        assert (batch["returns"] == 1).sum() == 8
+
+
 def test_episodes_are_told_as_they_were(rung, call, tmp_path):
     flags = [*DIARY, *short(rung.SCRIPT)[6:]]
     assert call(rung, *flags, "--run-dir", tmp_path / "run") == 0
