@@ -554,9 +554,8 @@ class Run:
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(self.global_step - self.bar.n)
         if self.bar.disable:
-            sps = self.sps or (self.global_step - self.clock[1]) / (
-                self.shown - self.clock[0]
-            )  # before the first update
+            since = self.shown - self.clock[0]
+            sps = self.sps or (self.global_step - self.clock[1]) / since  # until the first update: of playing alone
             print(f"{self.global_step:,} of {self.bar.total:,} steps, {sps:,.0f} steps/s, {text}", flush=True)
 
     @property

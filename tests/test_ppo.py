@@ -111,26 +111,6 @@ def batch_of(ppo, agent, n=64):
     return batch | {"advantages": torch.randn(n), "returns": torch.randn(n)}
 
 
-def test_one_epoch_one_minibatch_is_the_step_of_a2c(ppo):
-    """Huang et al. 2022 (arXiv 2205.09123): the ratio is 1, so the surrogate's gradient is the policy gradient."""
-    args = ppo.Args(num_envs=4, num_steps=16, num_minibatches=1, update_epochs=1, norm_adv=False)
-    ours, plain = ppo.Agent((3,), 4, False), ppo.Agent((3,), 4, False)
-    ours.actor.weight.data *= 300  # far from uniform, where the entropy's gradient would vanish
-    plain.load_state_dict(ours.state_dict())
-    batch = batch_of(ppo, ours)
-    ppo.update(ours, torch.optim.SGD(ours.parameters(), 0.1), args, batch, 0.3)
-
-    logits, values = plain(batch["obs"])
-    policy = torch.distributions.Categorical(logits=logits)
-    loss = -(policy.log_prob(batch["actions"]) * batch["advantages"]).mean() - 0.3 * policy.entropy().mean()
-    loss = loss + 0.5 * 0.5 * ((values - batch["returns"]) ** 2).mean()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
-    torch.optim.SGD(plain.parameters(), 0.1).step()
-    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b, msg=name)
-
-
 def test_loss_figures_are_means_over_the_update(ppo):
     """With a step size of 0 every minibatch sees the same network, so the means must be those of the whole batch."""
     args = ppo.Args(num_envs=4, num_steps=16, num_minibatches=8, update_epochs=3, norm_adv=False)
