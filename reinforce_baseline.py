@@ -159,6 +159,8 @@ def parse() -> tuple[Args, dict]:
     check(args)
     if args.resume and state["global_step"] >= args.last_step:
         fail(f"--resume {args.resume} is complete; --total-timesteps beyond {state['global_step']} would continue it.")
+    name = f"{args.env}__{SCRIPT}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    args.run_dir = args.resume or args.run_dir or f"runs/{name}"
     return args, state
 
 
@@ -483,8 +485,7 @@ class Run:
             torch.set_rng_state(state["rng"])
         if state and device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
-        name = f"{args.env}__{SCRIPT}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-        self.dir = Path(args.resume or args.run_dir or f"runs/{name}")
+        self.dir = Path(args.run_dir)
         if (self.dir / "checkpoint.pt").exists() and not args.resume:
             fail(f"--run-dir {self.dir} holds a run already; continue it with --resume {self.dir} or name another.")
         try:
@@ -523,7 +524,7 @@ class Run:
         signal.signal(signal.SIGINT, self.interrupt)
         signal.signal(signal.SIGTERM, self.interrupt)
         self.mark()
-        self.save("checkpoint.pt")
+        self.save("checkpoint.pt", self.parts)
         return self
 
     def interrupt(self, number, frame) -> None:
@@ -538,10 +539,10 @@ class Run:
         self.marked = {"global_step": self.global_step, "rng": rng, "cuda_rng": cuda_rng}
         self.marked |= {"metrics_bytes": self.file.tell(), "seconds": time.time() - self.began}
 
-    def save(self, name: str) -> None:
-        args = asdict(replace(self.args, resume="", run_dir=str(self.dir)))
+    def save(self, name: str, parts: dict) -> None:
+        args = asdict(replace(self.args, resume=""))
         state = {"script": SCRIPT, "args": args, "best": self.best, "wandb_id": self.wandb and self.tracker.id}
-        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        parts = {name: part.state_dict() for name, part in parts.items()}
         save(self.dir / name, {**state, **parts, **self.marked})
 
     def write(self, figures: dict, video: Path | None = None) -> None:
@@ -611,9 +612,9 @@ class Run:
             self.mark()
             if result["eval/return_mean"] >= self.best:
                 self.best = result["eval/return_mean"]
-                self.save("best.pt")
+                self.save("best.pt", {"agent": self.parts["agent"]})  # to play, not to go on from
         if saving:
-            self.save("checkpoint.pt")
+            self.save("checkpoint.pt", self.parts)
         if logging or evaluating or saving:
             self.clock = time.time(), self.global_step
 
@@ -627,7 +628,7 @@ class Run:
             ending, code = f"failed ({error})", 1
             (self.dir / "error.txt").write_text("".join(traceback.format_exception(error)))
         if code and not self.updating:  # in the middle of an update the last checkpoint is the good one
-            self.save("checkpoint.pt")
+            self.save("checkpoint.pt", self.parts)
         self.bar.update(self.global_step - self.bar.n)
         self.bar.close()
         self.file.close()
