@@ -342,6 +342,8 @@ class Replay:
 
     def add(self, record: dict) -> None:
         """Add a record of every environment, each value (N, ...)."""
+        if not all(np.isfinite(record[name]).all() for name in ("reward", "vector") if name in record):
+            raise FloatingPointError("a reward or an observation is no longer finite")
         for name, value in record.items():
             self.columns[name][self.count % self.length] = torch.as_tensor(value)
         self.count += 1
@@ -863,6 +865,15 @@ def update(agent: Agent, optimizer: LaProp, args: Args, columns: dict, rows, str
     return {f"losses/{name}": loss.detach() for name, loss in losses.items()} | {"charts/learning_rate": rate}
 
 
+def compile_parts(agent: Agent) -> None:
+    """Compile the networks and one step of the RSSM, not the loops over time: minutes less to wait, as fast."""
+    torch._dynamo.config.recompile_limit = 64  # each network is compiled for acting, replaying, dreaming, judging
+    agent.rssm.observe = torch.compile(agent.rssm.observe, dynamic=False)
+    agent.rssm.imagine = torch.compile(agent.rssm.imagine, dynamic=False)
+    for net in (agent.encoder, agent.decoder, agent.reward, agent.going_on, agent.actor, agent.critic):
+        net.compile(dynamic=False)
+
+
 class Captured:
     """learn(rows, streams) as one CUDA graph: thousands of kernels, launched at once. The first calls run as they are
     and are updates like any other: they compile and allocate. Then one call is recorded, and from then on replayed."""
@@ -1053,7 +1064,8 @@ class Run:
         (self.dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
         self.file = open(self.dir / "metrics.jsonl", "ab", buffering=0)  # one write per line: a kill tears none
-        self.file.truncate(min(state.get("metrics_bytes", 0), self.file.tell()))  # what followed is played again
+        whole = min(state.get("metrics_bytes", 0), self.file.tell())
+        self.file.seek(self.file.truncate(whole))  # what followed is played again
         self.began = time.time() - state.get("seconds", 0)
         self.clock, self.shown, self.sps = (time.time(), self.global_step), time.time(), 0.0
         self.recent, self.figures, self.wandb = deque(maxlen=100), [], None
@@ -1219,10 +1231,7 @@ def set_up(args: Args) -> tuple[torch.device, Envs, Agent]:
             with contextlib.suppress(AttributeError):  # another C library
                 ctypes.CDLL(None).mallopt(option, size)
     if args.compile:
-        for net in (agent.encoder, agent.decoder, agent.reward, agent.going_on, agent.actor, agent.critic):
-            net.compile(dynamic=False)
-        for name in ("observe", "imagine"):
-            setattr(agent.rssm, name, torch.compile(getattr(agent.rssm, name), dynamic=False))
+        compile_parts(agent)
     return device, envs, agent
 
 
@@ -1267,14 +1276,16 @@ def main() -> None:
                 run.begin_update()
                 figures = [learn(*map(to_device, replay.sample())) for _ in range(updates)]
                 replay.owed -= updates
-            envs.step(moves, rows)
+            try:
+                envs.step(moves, rows)
+                run.step(len(rows), envs.finished)
+            finally:  # an environment that raises shall not cost an update
+                if updates:
+                    run.end_update({name: sum(f[name] for f in figures) / updates for name in figures[0]})
+            if not updates:
+                run.mark()
             first, rewards = last, np.where(last, 0, envs.rewards)
             last, terminal = ~first & (envs.terminated | envs.truncated), ~first & envs.terminated
-            run.step(len(rows), envs.finished)
-            if updates:
-                run.end_update({name: sum(f[name] for f in figures) / updates for name in figures[0]})
-            else:
-                run.mark()
 
 
 if __name__ == "__main__":

@@ -615,7 +615,8 @@ class Run:
         (self.dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
         self.file = open(self.dir / "metrics.jsonl", "ab", buffering=0)  # one write per line: a kill tears none
-        self.file.truncate(min(state.get("metrics_bytes", 0), self.file.tell()))  # what followed is played again
+        whole = min(state.get("metrics_bytes", 0), self.file.tell())
+        self.file.seek(self.file.truncate(whole))  # what followed is played again
         self.began = time.time() - state.get("seconds", 0)
         self.clock, self.shown, self.sps = (time.time(), self.global_step), time.time(), 0.0
         self.recent, self.figures, self.wandb = deque(maxlen=100), [], None

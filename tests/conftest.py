@@ -17,7 +17,12 @@ LADDER = ["reinforce", "reinforce_baseline", "actor_critic", "a2c", "trpo", "ppo
 SCRIPTS = [name for name in LADDER if (ROOT / f"{name}.py").exists()]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 ENVIRON = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
-OWN_FLAGS = {"a2c": "--num-steps 16", "trpo": "--num-steps 16", "ppo": "--num-steps 16 --num-minibatches 2"}
+OWN_FLAGS = {
+    "a2c": "--num-steps 16",
+    "trpo": "--num-steps 16",
+    "ppo": "--num-steps 16 --num-minibatches 2",
+    "dreamerv3": "--batch-size 2 --batch-length 4 --horizon 3 --train-ratio 4",  # one update per step of both
+}
 
 
 def short(name):

@@ -150,6 +150,22 @@ class BoxActions(Constant):
 class DictObs(Constant):
     observation_space = gym.spaces.Dict({"x": gym.spaces.Box(-1, 1, (1,), np.float32)})
 
+    def reset(self, **kwargs):
+        obs, info = super().reset(**kwargs)
+        return {"x": obs}, info
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return {"x": obs}, *rest
+
+
+class ManyActions(Constant):
+    action_space = gym.spaces.MultiBinary(2)
+
+
+class Words(Constant):
+    observation_space = gym.spaces.Sequence(gym.spaces.Discrete(9))
+
 
 class FromOne(Constant):
     """Actions 1 and 2, not 0 and 1."""
@@ -164,5 +180,6 @@ class FromOne(Constant):
 for probe, limit in {
     Constant: 5, OneStep: None, Delayed: None, Copycat: None, Diary: None, Clockwork: None, Screen: None,
     TwoLengths: None, Breaks: 200, NotANumber: 200, Both: 5, BoxActions: 5, DictObs: 5, FromOne: 5,
+    ManyActions: 5, Words: 5,
 }.items():  # fmt: skip
     gym.register(f"{probe.__name__}-v0", entry_point=probe, max_episode_steps=limit)

@@ -14,6 +14,7 @@ import time
 import types
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -30,7 +31,8 @@ def tiny(script):
 def test_a_run_leaves_what_design_promises(script, call, tmp_path, capsys):
     run = tmp_path / "run"
     assert call(script, *tiny(script), "--run-dir", run, "--seed", 5) == 0
-    assert {path.name for path in run.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.pt", "best.pt"}
+    files = {"config.json", "metrics.jsonl", "checkpoint.pt", "best.pt"}
+    assert {path.name for path in run.iterdir()} == files | ({"replay"} if script.SCRIPT == "dreamerv3" else set())
     config = json.loads((run / "config.json").read_text())
     assert config["seed"] == 5 and config["script"] == script.SCRIPT and config["device"]
     assert {"torch", "gymnasium", "gym-super-mario-bros", "numpy"} == set(config["versions"])
@@ -73,15 +75,17 @@ def test_mario_figures_and_a_video_in_which_things_move(script, call, tmp_path, 
     told = capsys.readouterr().out.splitlines()[-2]
     assert all(word in told for word in ("2 episodes", "return", "flag", "x", "+-"))
     for name in (str(evaluation["global_step"]), "best"):
-        assert moves(run / "videos" / f"{name}.mp4")
+        assert moves(run / "videos" / f"{name}.mp4", [256, 240])
+        if script.SCRIPT == "dreamerv3":  # truth, dream and difference
+            assert moves(run / "videos" / f"{name}-dream.mp4", [256, 768])
 
 
-def moves(path):
-    from moviepy import VideoFileClip
-
-    with VideoFileClip(str(path)) as clip:
-        assert clip.size == [256, 240] and clip.fps == 15
-        frames = [frame.astype(int) for frame in clip.iter_frames()]
+def moves(path, size):
+    clip, frames = cv2.VideoCapture(str(path)), []
+    assert clip.get(cv2.CAP_PROP_FPS) == 15
+    while (read := clip.read())[0]:
+        frames.append(read[1].astype(int))
+    assert list(frames[0].shape) == [*size[::-1], 3]
     changed = [np.abs(a - b).max() > 40 for a, b in itertools.pairwise(frames)]
     return len(frames) > 20 and np.mean(changed) > 0.8
 
@@ -171,12 +175,10 @@ MISTAKES = {
     "--eval-every -1": "--eval-every -1 cannot work",
     "--save-every -1": "--save-every -1 cannot work",
     "--log-every -1": "--log-every -1 cannot work",
-    "--env probes:BoxActions-v0": "needs a Discrete space",
     "--env CartPol-v1": "the nearest ids are: CartPole-v1",
     "--env SuperMarioBros-9-1-v0": "SuperMarioBros-8-1-v0",
     "--env no.such.module:Thing-v0": "No module named 'no'",
     "--env probes:Nothing-v0": "--env probes:Nothing-v0 is unknown",
-    "--env probes:DictObs-v0": "needs a Box space",
     "--resume nowhere": "There is no checkpoint nowhere",
     "--resume a --evaluate b": "cannot work together",
     "--run-dir config.json/run": "--run-dir config.json/run cannot be made (Not a directory)",
@@ -192,6 +194,10 @@ LOSS = {
     "--ent-coef -1": "--ent-coef -1.0 cannot work",
     "--vf-coef nan": "--vf-coef nan cannot work",
     "--max-grad-norm 0": "--max-grad-norm 0.0 cannot work",
+}
+MODEL_FREE = {
+    "--env probes:BoxActions-v0": "needs a Discrete space",
+    "--env probes:DictObs-v0": "needs a Box space",
 }
 CRITIC = {
     "--value-epochs 0": "--value-epochs 0 cannot work",
@@ -224,8 +230,30 @@ OWN_MISTAKES = {
         "--clip-coef 0": "--clip-coef 0.0 cannot work",
         "--target-kl -1": "--target-kl -1.0 cannot work",
     },
+    "dreamerv3": {
+        "--env probes:ManyActions-v0": "needs a Discrete or Box space where it has MultiBinary(2)",
+        "--env probes:Words-v0": "needs a Box or Dict space of fixed size where it has Sequence",
+        "--total-timesteps 15": "it must be at least the 16 steps with which training begins",
+        "--replay-size 15": "it must be at least the 16 steps with which training begins",
+        "--replay-size 2000000000 --total-timesteps 2000000000": "GB for 2,000,000,000 steps, but at most",
+        "--train-ratio 0": "--train-ratio 0.0 cannot work",
+        "--batch-size 0": "--batch-size 0 cannot work",
+        "--batch-length 0": "--batch-length 0 cannot work",
+        "--horizon 0": "--horizon 0 cannot work",
+        "--return-lambda 1.1": "--return-lambda 1.1 cannot work",
+        "--ent-coef -1": "--ent-coef -1.0 cannot work",
+        "--free-nats -1": "--free-nats -1.0 cannot work",
+        "--unimix 2": "--unimix 2.0 cannot work",
+        "--slow-rate -1": "--slow-rate -1.0 cannot work",
+        "--agc 0": "--agc 0.0 cannot work",
+        "--warmup -1": "--warmup -1 cannot work",
+    },
 }
-CASES = [(name, *case) for name in SCRIPTS for case in (MISTAKES | OWN_MISTAKES[name]).items()]
+CASES = [
+    (name, *case)
+    for name in SCRIPTS
+    for case in (MISTAKES | OWN_MISTAKES[name] | (MODEL_FREE if name != "dreamerv3" else {})).items()
+]
 
 
 @pytest.mark.parametrize("name, flags, sentence", CASES)
@@ -261,13 +289,13 @@ def test_checkpoints_that_do_not_fit(script, call, tmp_path, capsys):
         ("--evaluate", tmp_path / "empty.pt"): "cannot be read as a checkpoint",
         ("--evaluate", tmp_path / "other.pt"): "is a checkpoint of dreamerv2.py",
     }
-    before = {path: path.read_bytes() for path in run.iterdir()}
+    before = {path: path.read_bytes() for path in run.rglob("*.*")}
     capsys.readouterr()
     for flags, sentence in cases.items():
         assert call(script, *flags) == 2
         err = capsys.readouterr().err
         assert sentence in err and len(err.splitlines()) == 1
-    assert before == {path: path.read_bytes() for path in run.iterdir()}
+    assert before == {path: path.read_bytes() for path in run.rglob("*.*")}
 
 
 class Stranger:
@@ -325,7 +353,7 @@ def wait_for(process, condition, seconds=90):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("name", ["reinforce", "ppo"])
+@pytest.mark.parametrize("name", ["reinforce", "ppo", "dreamerv3"])
 def test_kill_at_random_moments(name, tmp_path):
     """KILLS=30 repeats it as often as one likes. The other scripts share every line that saves and loads."""
     run, rng, lost = tmp_path / "run", random.Random(0), []
@@ -348,6 +376,17 @@ def test_kill_at_random_moments(name, tmp_path):
     assert max(lost) < 320 + 2 * batch, "more was lost than the steps since the last checkpoint"
 
 
+def test_a_run_that_dies_before_its_first_line_does_not_move_the_mark(script, call, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    call(script, *tiny(script), "--run-dir", run)
+    lines = (run / "metrics.jsonl").read_bytes()
+    (run / "metrics.jsonl").write_bytes(lines + b'{"global_step": 66}\n')  # was not saved: to be played again
+    monkeypatch.setattr(script.Envs, "reset", lambda *_: 1 / 0)
+    assert call(script, "--resume", run, "--total-timesteps", 128) == 1
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["metrics_bytes"] == len(lines)
+    assert (run / "metrics.jsonl").read_bytes() == lines
+
+
 def test_a_kill_while_saving_leaves_the_previous_checkpoint(script, tmp_path, monkeypatch):
     def torn(state, file):
         file.write(b"half a checkpoint")
@@ -367,7 +406,8 @@ def test_an_environment_that_raises_ends_with_a_sentence(script, call, tmp_path,
     assert "The run failed (environment 0 raised OSError: the joystick is gone)" in capsys.readouterr().out
     assert "joystick" in (run / "error.txt").read_text()
     state = torch.load(run / "checkpoint.pt", weights_only=True)
-    whole = {"reinforce": 0, "reinforce_baseline": 0, "actor_critic": 198}  # no episode ended; 99 steps were taken
+    whole = {"reinforce": 0, "reinforce_baseline": 0}  # no episode ended
+    whole |= {"actor_critic": 198, "dreamerv3": 198}  # 99 steps of each were taken
     assert state["global_step"] == whole.get(script.SCRIPT, 192)  # 6 rollouts of 16 steps; the 100th step raised
 
 
@@ -390,7 +430,8 @@ def test_nan_ends_with_a_sentence_and_keeps_good_weights(script, call, tmp_path,
     )
     assert "no longer finite" in capsys.readouterr().out
     state = torch.load(run / "checkpoint.pt", weights_only=True)
-    first_batch = script.SCRIPT in ("reinforce", "reinforce_baseline")
-    assert state["global_step"] == (0 if first_batch else 160)  # the last one saved
+    kept = {"reinforce": 0, "reinforce_baseline": 0}  # the first batch of episodes is not over
+    kept |= {"dreamerv3": 200}  # which looks at every reward before it goes into the replay
+    assert state["global_step"] == kept.get(script.SCRIPT, 160)  # the last one saved
     assert all(value.isfinite().all() for value in weights(run).values())
     assert np.isfinite(list(state.get("scaler", {}).values())).all()
