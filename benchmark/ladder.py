@@ -41,6 +41,10 @@ RUNGS = [
         "a2c", "ppo", "the ratio, clipped; several epochs of minibatches",
         "Args check policy_loss value_loss update main", 90,
     ),
+    Rung(
+        "ppo", "dreamerv3", "a world model, and dreams to learn from",
+        "Args check make_env Envs Agent update evaluate set_up main", 820,
+    ),
 ]  # fmt: skip
 
 

@@ -12,18 +12,22 @@
 #     "wandb>=0.31,<1",
 #     "stable-baselines3>=2.9,<3",
 #     "sb3-contrib>=2.9,<3",
+#     "sheeprl>=0.8.4,<1",
 # ]
 # ///
-"""Agent steps per second, learning included, of the scripts beside Stable-Baselines3 and sb3-contrib, in one run.
+"""The scripts beside Stable-Baselines3, sb3-contrib and sheeprl, in one run: agent steps per second with learning
+included, and for DreamerV3 gradient steps per second.
 
-    uv run benchmark/speed.py                     # everything, about half an hour
-    uv run benchmark/speed.py --only CartPole     # what has this word in its name
+    uv run benchmark/speed.py                              # everything, about an hour
+    uv run benchmark/speed.py --only CartPole              # what has this word in its name
+    uv run benchmark/speed.py --only Dreamer --cuda        # DreamerV3, all sizes, on a GPU
 
 Every contender runs in a process of its own, one after another, and the whole round is repeated, so that a slow minute
 of the machine falls on all of them. Steps per second are counted behind the first 1,024 steps; `start` is the time from
 the command until these have been played and learnt from. Both sides have 8 environments, the same network and the same
-amount of learning per step (FLAGS and SB3), and each library's own choice of threads. Run it on a quiet machine: what
-else runs is part of the result.
+amount of learning per step (FLAGS and SB3), and each library's own choice of threads. DreamerV3's update replays 16 x
+64 steps on both sides, with all cores; the first two are not counted. Run it on a quiet machine: what else runs is part
+of the result.
 """
 
 import argparse
@@ -81,6 +85,21 @@ CONTENDERS = {
     "CartPole: actor_critic.py": ("actor_critic.py", "CartPole-v1", 4096),
     "CartPole: reinforce_baseline.py": ("reinforce_baseline.py", "CartPole-v1", 40960),
     "CartPole: reinforce.py": ("reinforce.py", "CartPole-v1", 40960),
+}
+
+# name -> (kind, size, what is observed, gradient steps to time)
+UPDATES = {
+    "Dreamer 1m, vectors: dreamerv3.py": ("dreamerv3.py", "1m", "vector", 20),
+    "Dreamer 1m, vectors: sheeprl": ("sheeprl", "1M", "vector", 20),
+    "Dreamer 1m, images: dreamerv3.py": ("dreamerv3.py", "1m", "image", 10),
+    "Dreamer 1m, images: sheeprl": ("sheeprl", "1M", "image", 10),
+    "Dreamer 12m, images: dreamerv3.py": ("dreamerv3.py", "12m", "image", 3),
+    "Dreamer 12m, images: sheeprl": ("sheeprl", "12M", "image", 3),
+}
+ON_A_GPU = {  # instead of these
+    f"Dreamer {size}, images: {name}": (kind, size, "image", 100)
+    for size in ("12m", "50m", "200m")
+    for name, kind in (("eager", "dreamerv3.py"), ("--compile", "dreamerv3.py --compile"))
 }
 
 
@@ -186,6 +205,110 @@ def measure(kind: str, env: str, steps: int) -> tuple[float, float]:
     return ours(kind, env, steps) if kind.endswith(".py") else peer(kind, env, steps)
 
 
+def dreamer(kind: str, size: str, sense: str, steps: str, cuda: str) -> None:
+    """In a process of its own: print the time after every gradient step, beginning with the end of the second."""
+    if kind == "sheeprl":
+        import sheeprl.algos.dreamer_v3_5.dreamer_v3_5 as algorithm
+        from sheeprl.cli import run
+
+        train, calls = algorithm.train, []
+
+        def timed(*args, **kwargs):
+            result = train(*args, **kwargs)
+            calls.append(time.time())
+            if len(calls) == 2 + int(steps):
+                tell([str(t) for t in calls[1:]])
+                os._exit(0)
+            return result
+
+        algorithm.train = timed
+        space = "env=gym env.id=CartPole-v1 algo.mlp_keys.encoder=[state] algo.cnn_keys.encoder=[]"
+        if sense == "image":
+            space = "env=dummy env.id=discrete_dummy algo.cnn_keys.encoder=[rgb] algo.mlp_keys.encoder=[]"
+        flags = (
+            f"exp=dreamer_v3_5 algo=dreamer_v3_5_{size} {space} env.num_envs=16 env.sync_env=True algo.replay_ratio=1"
+        )
+        flags += f" fabric.accelerator=cpu fabric.precision={'bf16-mixed' if sense == 'image' else '32-true'}"
+        flags += f" num_threads={os.cpu_count()} buffer.size=50000 buffer.memmap=False metric.log_level=0"
+        flags += " checkpoint.save_last=False checkpoint.every=0 algo.run_test=False env.capture_video=False"
+        sys.argv[1:] = flags.split()
+        return run()
+
+    sys.path.insert(0, str(ROOT))
+    import numpy as np
+    import torch
+
+    import dreamerv3
+
+    env = MARIO if sense == "image" else "CartPole-v1"
+    flags = {"env": env, "size": size, "cuda": cuda == "cuda", "compile": "--compile" in kind, "run_dir": "."}
+    args = dreamerv3.Args(total_timesteps=4096, **flags)
+    device, envs, agent = dreamerv3.set_up(args)
+    trained = [p for p in agent.parameters() if p.requires_grad]
+    optimizer = dreamerv3.LaProp(trained, args.learning_rate, args.warmup, args.agc)
+    replay = dreamerv3.Replay(args, envs, agent, device)
+    envs.reset(1)
+    none, stoch = np.zeros(args.num_envs, bool), torch.zeros(args.num_envs, dreamerv3.LATENTS)
+    for _ in range(args.ready_at):
+        obs = {name: torch.as_tensor(values, device=device) for name, values in envs.obs.items()}
+        action, latent = agent.act(obs, agent.initial(args.num_envs), torch.as_tensor(none, device=device))
+        record = {**envs.obs, "reward": envs.rewards, "first": none, "last": none, "terminal": none}
+        replay.add(record | {"action": action, "deter": latent[0], "stoch": stoch})
+    torch.set_num_threads(dreamerv3.cores())
+
+    def learn(rows, streams):
+        return dreamerv3.update(agent, optimizer, args, replay.columns, rows, streams)
+
+    learn = dreamerv3.Captured(learn) if args.compile and device.type == "cuda" else learn
+    times = []
+    for step in range(5 + int(steps) if device.type == "cuda" else 2 + int(steps)):
+        learn(*(index.to(device) for index in replay.sample()))
+        if device.type == "cuda" and step in (4, 4 + int(steps)):
+            torch.cuda.synchronize()
+        times.append(time.time())
+    memory = torch.cuda.max_memory_reserved() if device.type == "cuda" else None
+    tell([str(t) for t in times[-1 - int(steps) :]], memory)
+
+
+def tell(times: list[str], memory: int | None = None) -> None:
+    """Times of a worker and the memory that it took, in bytes."""
+    import resource
+
+    memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print("times", memory, *times, flush=True)
+
+
+def gradient_steps(kind: str, size: str, sense: str, steps: int, cuda: bool) -> tuple[float, float, float]:
+    """-> gradient steps/s, gigabytes, seconds from the command until the first can be counted."""
+    began = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--dreamer", kind, size, sense, str(steps), "cuda" if cuda else "cpu"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    told = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("times ")]
+    if not told:
+        raise RuntimeError(f"{kind} {size}: {done.stderr[-2000:]}")
+    memory, first, *_, last = map(float, told[0])
+    return steps / (last - first), memory / 1e9, first - began
+
+
+def gradient_table(chosen: dict, repeats: int, cuda: bool) -> dict:
+    results = {name: [] for name in chosen}
+    for repeat in range(repeats):
+        for name, contender in chosen.items():
+            results[name].append(gradient_steps(*contender, cuda))
+            print(f"round {repeat + 1}: {name}: {results[name][-1][0]:.2f} gradient steps/s", file=sys.stderr)
+    print("\n| gradient steps/s, batch 16 x 64 | median | lowest - highest | the script is | memory (GB) | start (s) |")
+    print("|---|---|---|---|---|---|")
+    for name, rounds in results.items():
+        speed, memory, start = (statistics.median(column) for column in zip(*rounds, strict=True))
+        speeds, mine = [r[0] for r in rounds], name.split(":")[0] + ": dreamerv3.py"
+        peer = mine in results and name != mine
+        ratio = f"{statistics.median(r[0] for r in results[mine]) / speed:.2f} x" if peer else ""
+        spread = f"{min(speeds):.2f} - {max(speeds):.2f}"
+        print(f"| {name} | {speed:.2f} | {spread} | {ratio} | {memory:.1f} | {start:.0f} |")
+    return results
+
+
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
@@ -197,12 +320,18 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run only what has this word in its name")
     parser.add_argument("--json", help="write all figures to this file as well")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--cuda", action="store_true", help="DreamerV3 on a GPU")
+    parser.add_argument("--dreamer", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return sb3(args.worker[0], args.worker[1], int(args.worker[2]))
-    chosen = {name: contender for name, contender in CONTENDERS.items() if args.only in name}
-    if not chosen:
-        parser.error(f"--only {args.only} matches none of: {', '.join(CONTENDERS)}")
+    if args.dreamer:
+        return dreamer(*args.dreamer)
+    chosen = {name: contender for name, contender in CONTENDERS.items() if args.only in name and not args.cuda}
+    updates = ON_A_GPU if args.cuda else UPDATES
+    updates = {name: contender for name, contender in updates.items() if args.only in name}
+    if not chosen and not updates:
+        parser.error(f"--only {args.only} matches none of: {', '.join([*CONTENDERS, *UPDATES])}")
     machine = {"cpu": processor(), "cores": os.cpu_count(), "load before": os.getloadavg()[0]}
     results = {name: [] for name in chosen}
     for repeat in range(args.repeats):
@@ -210,12 +339,13 @@ def main() -> None:
             results[name].append(measure(*contender))
             print(f"round {repeat + 1}: {name}: {results[name][-1][0]:,.0f} steps/s", file=sys.stderr)
 
-    packages = ("torch", "gymnasium", "nes-py", "stable-baselines3", "sb3-contrib")
+    packages = ("torch", "gymnasium", "nes-py", "stable-baselines3", "sb3-contrib", "sheeprl")
     versions = {"python": platform.python_version()} | {package: version(package) for package in packages}
     print(f"{machine['cores']} x {machine['cpu']}, load before the first round: {machine['load before']:.1f}")
     print(", ".join(f"{name} {number}" for name, number in versions.items()) + "\n")
-    print("| agent steps/s, learning included | median | lowest - highest | the script is | start (s) |")
-    print("|---|---|---|---|---|")
+    if chosen:
+        print("| agent steps/s, learning included | median | lowest - highest | the script is | start (s) |")
+        print("|---|---|---|---|---|")
     median = {name: statistics.median(rate for rate, _ in rates) for name, rates in results.items()}
     for name, rates in results.items():
         low, high = min(rate for rate, _ in rates), max(rate for rate, _ in rates)
@@ -225,8 +355,9 @@ def main() -> None:
         start = statistics.median(start for _, start in rates)
         spread, start = f"{low:,.0f} - {high:,.0f}", f"{start:.1f}" if start else ""
         print(f"| {name} | {median[name]:,.0f} | {spread} | {ratio} | {start} |")
+    gradients = gradient_table(updates, args.repeats, args.cuda) if updates else {}
     if args.json:
-        figures = {"machine": machine, "versions": versions, "results": results}
+        figures = {"machine": machine, "versions": versions, "results": results, "gradient steps": gradients}
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
 
 

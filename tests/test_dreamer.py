@@ -586,9 +586,14 @@ def test_the_online_queue_serves_each_step_once_in_order(tmp_path):
 def test_a_fresh_window_that_was_overwritten_is_not_served(tmp_path):
     replay = replay_of(tmp_path)
     fill(replay, 200)
-    rows, streams = replay.sample()
-    assert (replay.columns["vector"][rows, streams].diff(dim=0) == 100).all()
-    assert all(start >= replay.oldest for start, _ in replay.online)
+    assert replay.online[0][0] < replay.oldest
+    for only_old in (False, True):
+        if only_old:
+            replay.online = type(replay.online)([(1, 0), (6, 1)])
+        rows, streams = replay.sample()
+        window = replay.columns["vector"][rows, streams]
+        assert (window.diff(dim=0) == 100).all() and window.min() >= 100 * replay.oldest
+        assert all(start >= replay.oldest for start, _ in replay.online)
 
 
 def test_updates_fall_due_as_the_train_ratio_says(tmp_path):
