@@ -69,8 +69,6 @@ wrong is believed by the actor until real play corrects it.
         --learning-rate 3e-4 --warmup 100 --eval-episodes 100
     uv run dreamerv3.py --evaluate runs/<run>/best.pt --eval-episodes 100 --capture-video
 
-@@MEASURED@@
-
 Hafner, Pasukonis, Ba, Lillicrap 2025, doi 10.1038/s41586-025-08744-2 and arXiv 2301.04104 (DreamerV3), as the authors'
 later code has it, but for 1 % of uniform policy, which that code leaves out (--actor-unimix 0); Hafner et al. 2019,
 arXiv 1811.04551 (RSSM), 2020, arXiv 1912.01603 (Dreamer); Ziyin, Wang, Ueda 2020, arXiv 2002.04839 (LaProp); Brock et

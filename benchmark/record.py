@@ -91,21 +91,22 @@ def mario_ladder(folders: list[Path], budget: int = 300_000) -> str:
     return "\n".join(lines)
 
 
+def tables() -> dict[str, str]:
+    """All tables of the README that come from recorded runs, by their headings."""
+    folders = sorted(path.parent for path in RESULTS.glob("*/metrics.jsonl.gz") if path.parent.name.count("__") == 2)
+    mario = [path for path in folders if path.name.startswith("SuperMarioBros-1-1") and path.name.endswith("__1")]
+    found = {"Last evaluations": final_table(folders)}
+    found["Mario, the first 300,000 steps of training, seed 1"] = mario_ladder(mario)
+    (ppo,) = (path for path in mario if path.name.endswith("__ppo__1"))
+    return found | {"Mario, PPO": mario_table(ppo)}
+
+
 def main() -> None:
     for run in sys.argv[1:]:
         run, _, note = run.partition("=")  # RUN=NOTE keeps a trial beside the run with the defaults
         print(keep(Path(run), note))
-    if sys.argv[1:]:
-        return
-    folders = sorted(path.parent for path in RESULTS.glob("*/metrics.jsonl.gz") if path.parent.name.count("__") == 2)
-    print(final_table(folders))
-    mario = [
-        folder for folder in folders if folder.name.startswith("SuperMarioBros-1-1") and folder.name.endswith("__1")
-    ]
-    print(f"\nMario, the first 300,000 steps of training, seed 1\n\n{mario_ladder(mario)}")
-    for folder in mario:
-        if folder.name.endswith("__ppo__1"):
-            print(f"\n{folder.name}\n\n{mario_table(folder)}")
+    if not sys.argv[1:]:
+        print("\n\n".join(f"{heading}\n\n{table}" for heading, table in tables().items()))
 
 
 if __name__ == "__main__":

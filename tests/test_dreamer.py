@@ -299,10 +299,9 @@ def test_a_sequence_begins_in_the_stored_state_with_the_stored_action():
 
 
 def test_model_losses_by_definition():
-    agent, args = agent_of(), d.Args()
+    agent = agent_of()
     batch = batch_of(agent)
     deter, stoch, logits = d.observe(agent, batch)
-    losses = d.model_losses(agent, args, batch, deter, stoch, logits)
     states, t = torch.cat([deter, stoch], -1), slice(1, None)
     error = agent.decoder(deter.flatten(0, 1), stoch.flatten(0, 1))["vector"].view(6, 3, 3) - d.symlog(
         batch["vector"][t]
@@ -316,8 +315,10 @@ def test_model_losses_by_definition():
     }
     prior = agent.rssm.prior(deter).unflatten(-1, (32, 4))
     kl = d.kl_divergence(d.unimix(logits, 0.01), d.unimix(prior, 0.01))
-    expected |= {"dynamics": kl.clamp(min=1).mean(), "representation": kl.clamp(min=1).mean()}
-    torch.testing.assert_close(losses, expected)
+    for nats in (1.0, kl.median().item()):  # the latter holds for some steps, and not for others
+        losses = d.model_losses(agent, d.Args(free_nats=nats), batch, deter, stoch, logits)
+        held = kl.clamp(min=nats).mean()
+        torch.testing.assert_close(losses, expected | {"dynamics": held, "representation": held})
 
 
 def test_free_nats_stop_the_gradient_step_by_step_and_each_side_of_the_kl_has_its_loss():
@@ -495,7 +496,7 @@ def test_laprop_with_clipping_and_warm_up_by_hand():
     mine = [nn.Parameter(p.clone()) for p in params]
     optimizer = d.LaProp(mine, lr=0.1, warmup=2, agc=0.3)
     squares, momenta = ([torch.zeros_like(p) for p in params] for _ in range(2))
-    grads = [[[6.0, 8.0], [[0.0, 1.0]]], [[0.3, -0.4], [[1e-6, 0.0]]], [[1.0, 1.0], [[0.0, 0.0]]]]
+    grads = [[[6.0, 8.0], [[0.0, 1.0]]], [[0.3, -0.4], [[0.0, 1e-5]]], [[1.0, 1.0], [[0.0, 0.0]]]]
     for k, step in enumerate(grads):
         for i, grad in enumerate(step):
             mine[i].grad = g = torch.tensor(grad)

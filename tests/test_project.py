@@ -25,8 +25,9 @@ def test_each_script_declares_what_requirements_declare():
     required = (ROOT / "requirements.txt").read_text().splitlines()
     for name in SCRIPTS:
         assert metadata(ROOT / f"{name}.py") == {"requires-python": ">=3.13", "dependencies": required}
-    speed = metadata(ROOT / "benchmark" / "speed.py")["dependencies"]
-    assert [line for line in speed if line in required] == required
+    for name in ("speed", "variance"):  # which run the scripts
+        declared = metadata(ROOT / "benchmark" / f"{name}.py")["dependencies"]
+        assert [line for line in declared if line in required] == required
 
 
 def test_bounds_not_pins():
@@ -113,6 +114,46 @@ def test_ci_calls_the_test_command_of_the_readme():
 def test_links_of_the_readme_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_tables_of_the_readme_are_what_was_recorded():
+    sys.path.append(str(ROOT / "benchmark"))
+    import record
+
+    for heading, table in record.tables().items():
+        assert table in README, heading
+
+
+def test_the_code_of_a_chapter_stands_in_its_script():
+    journey = README.partition("## The journey")[2].partition("\n## ")[0]
+    chapters = re.split(r"\n### (\d) ", journey)[1:]
+    assert chapters[::2] == [str(n) for n in range(1, 8)]
+    for number, chapter in zip(chapters[::2], chapters[1::2], strict=True):
+        source = (ROOT / f"{SCRIPTS[int(number) - 1]}.py").read_text()
+        blocks = re.findall(r"```python\n(.*?)```", chapter, re.DOTALL)
+        assert blocks and all(block in source for block in blocks), number
+
+
+def test_every_equation_stands_in_the_readme_in_a_docstring_and_beside_the_code():
+    for number in range(1, 12):
+        assert f"tag{{{number}}}" in README or f"({number})" in README
+        chapters = [__import__(name) for name in SCRIPTS]
+        assert any(f"({number})" in script.__doc__ for script in chapters), number
+        if number > 1:  # (1) is what all of them make large
+            code = [(ROOT / f"{script.SCRIPT}.py").read_text().partition('"""\n\nimport')[2] for script in chapters]
+            assert any(
+                re.search(rf"quations? \({number}\)|\({number}\) to \(|to \({number}\)", text) for text in code
+            ), number
+
+
+def test_pictures_serve_light_and_dark_readers_and_are_small():
+    shown = re.findall(r'srcset="(\S+)-dark.svg"><img src="(\S+)-light.svg" alt="([^"]+)"', README)
+    assert len(shown) == len(re.findall("<picture>", README)) and all(dark == light for dark, light, _ in shown)
+    for name, _, _ in shown:
+        for mode in ("dark", "light"):
+            assert (ROOT / f"{name}-{mode}.svg").stat().st_size < 300_000
+    for path in (ROOT / "images").iterdir():
+        assert path.stat().st_size < 2_000_000 and path.name.split("-")[0] in README
 
 
 def test_ruff_finds_nothing():

@@ -1,0 +1,244 @@
+# /// script
+# requires-python = ">=3.12"
+# dependencies = ["matplotlib>=3.10,<4", "numpy>=2.1,<3"]
+# ///
+"""From recorded runs to figures.
+
+    uv run benchmark/curves.py                             # every figure of the README, into images/
+    uv run benchmark/curves.py runs/a runs/b               # your own runs: return (and flag, x) into curves.svg
+
+The README's figures are drawn from benchmark/results and from nothing else. Each is drawn twice, for light and for dark
+pages. Curves are means over the last episodes of training, whose actions are drawn from the policy, at every point of
+the axis; with several seeds the line is their mean and the band reaches from the lowest to the highest of them.
+"""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+RESULTS, IMAGES = ROOT / "benchmark" / "results", ROOT / "images"
+MARIO = "SuperMarioBros-1-1-v0"
+SCRIPTS = ["reinforce", "reinforce_baseline", "actor_critic", "a2c", "trpo", "ppo", "dreamerv3"]
+COLOURS = dict(zip(SCRIPTS, ["#999999", "#CC79A7", "#D55E00", "#E69F00", "#009E73", "#0072B2", "#56B4E9"], strict=True))
+LABELS = {script: script.replace("_", " + ") if "baseline" in script else script for script in SCRIPTS}
+MODES = {"light": ("#24292f", "#d0d7de"), "dark": ("#e6edf3", "#3d444d")}  # ink and grid
+
+
+def load(folder: Path) -> tuple[dict, list[dict]]:
+    """Config and metrics of a run, recorded or as it was left."""
+    packed, plain = folder / "metrics.jsonl.gz", folder / "metrics.jsonl"
+    text = gzip.decompress(packed.read_bytes()).decode() if packed.exists() else plain.read_text()
+    return json.loads((folder / "config.json").read_text()), [json.loads(line) for line in text.splitlines()]
+
+
+def recorded(env: str, script: str) -> list[list[dict]]:
+    """The metrics of every recorded seed; trials, with a note behind the seed, are left out."""
+    return [load(path)[1] for path in sorted(RESULTS.glob(f"{env}__{script}__*")) if path.name.count("__") == 2]
+
+
+def recent(rows: list[dict], key: str, points: np.ndarray, axis: str = "global_step", window: int = 100) -> np.ndarray:
+    """The mean of `key` over the last `window` episodes before each point; NaN where there is none yet, or no more."""
+    episodes = [row for row in rows if key in row]
+    if not episodes:
+        return np.full(len(points), np.nan)
+    where = np.array([row[axis] for row in episodes])
+    total = np.concatenate([[0.0], np.cumsum([row[key] for row in episodes])])
+    ends = np.searchsorted(where, points, side="right")
+    begins = np.maximum(ends - window, 0)
+    with np.errstate(invalid="ignore"):
+        means = (total[ends] - total[begins]) / (ends - begins)
+    return np.where(points > max(row[axis] for row in rows) * 1.02, np.nan, means)
+
+
+def draw(panel, runs: list[list[dict]], key: str, points, script: str, axis="global_step", window=100) -> None:
+    """The mean over the seeds, and a band from the lowest to the highest."""
+    if runs:
+        curves = np.array([recent(rows, key, points, axis, window) for rows in runs])
+        known = ~np.isnan(curves).any(0)
+        colour = COLOURS[script]
+        panel.plot(points[known], curves[:, known].mean(0), color=colour, label=LABELS[script], linewidth=1.6)
+        if len(runs) > 1:
+            panel.fill_between(
+                points[known], curves[:, known].min(0), curves[:, known].max(0), color=colour, alpha=0.2, lw=0
+            )
+
+
+def thousands(panel) -> None:
+    panel.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x else "0")
+
+
+def cartpole(mode: str):
+    """All scripts, 5 seeds (DreamerV3: 3)."""
+    figure, panel = plt.subplots(figsize=(7, 4))
+    points = np.geomspace(1_000, 300_000, 160)
+    for script in SCRIPTS:
+        draw(panel, recorded("CartPole-v1", script), "charts/episodic_return", points, script, window=20)
+    panel.set(xscale="log", xlabel="agent steps", ylabel="return, last 20 episodes", title="CartPole-v1", ylim=(0, 510))
+    thousands(panel)
+    return figure, panel
+
+
+def mario(mode: str):
+    """All scripts on level 1-1, one seed each."""
+    figure, panel = plt.subplots(figsize=(7, 4))
+    points = np.linspace(5_000, 300_000, 150)
+    for script in SCRIPTS:
+        draw(panel, recorded(MARIO, script), "charts/x_pos", points, script)
+    panel.set(xlabel="agent steps", ylabel="mean x, last 100 episodes", title="Super Mario Bros 1-1, one seed each")
+    panel.set_ylim(0, 3300)
+    panel.axhline(3161, color="gray", linestyle=":", linewidth=1)
+    panel.annotate("flag", (2_000, 3161), textcoords="offset points", xytext=(0, -11), fontsize=9)
+    thousands(panel)
+    return figure, panel
+
+
+def mario_ppo(mode: str):
+    """PPO's long run: how far, and how often to the flag."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4))
+    points = np.linspace(10_000, 2_000_000, 200)
+    runs = recorded(MARIO, "ppo")
+    draw(left, runs, "charts/x_pos", points, "ppo")
+    draw(right, runs, "charts/flag", points, "ppo")
+    left.set(xlabel="agent steps", ylabel="mean x, last 100 episodes", ylim=(0, 3300))
+    right.set(xlabel="agent steps", ylabel="reached the flag, last 100 episodes", ylim=(0, 1))
+    right.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+    thousands(left)
+    thousands(right)
+    return figure, None
+
+
+def efficiency(mode: str):
+    """PPO beside DreamerV3, by steps and by minutes."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
+    dreams = recorded(MARIO, "dreamerv3")
+    end = max((rows[-1]["global_step"] for rows in dreams), default=100_000)
+    minutes = max((rows[-1]["time"] for rows in dreams), default=6_000)
+    for script in ("ppo", "dreamerv3"):
+        runs = recorded(MARIO, script)
+        draw(left, runs, "charts/x_pos", np.linspace(1_000, end, 150), script, window=50)
+        draw(right, runs, "charts/x_pos", np.linspace(60, minutes, 150), script, "time", window=50)
+    left.set(xlabel="agent steps", ylabel="mean x, last 50 episodes", ylim=(0, 3300))
+    right.set(xlabel="minutes")
+    right.xaxis.set_major_formatter(lambda x, _: f"{x / 60:.0f}")
+    right.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(1200))
+    thousands(left)
+    return figure, left
+
+
+def trpo(mode: str):
+    """TRPO's own account of its updates on Mario: KL against its bound, promised against real improvement."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4))
+    rows = [row for row in recorded(MARIO, "trpo")[0] if "losses/kl" in row]
+    steps, ink = np.array([row["global_step"] for row in rows]), MODES[mode][0]
+    for tried in sorted({round(row["losses/line_search_steps"]) for row in rows}):
+        of = np.array([round(row["losses/line_search_steps"]) == tried for row in rows])
+        dots = {"linestyle": "", "marker": ".", "markersize": 4, "color": plt.get_cmap("viridis_r")(0.2 + tried / 6)}
+        label = f"{tried} line search steps: {of.sum()}"
+        left.plot(steps[of], [row["losses/kl"] for row, ok in zip(rows, of, strict=True) if ok], **dots, label=label)
+        chosen = [row for row, ok in zip(rows, of, strict=True) if ok]
+        promised, real = ([row[f"losses/{name}"] for row in chosen] for name in ("expected_improvement", "improvement"))
+        right.plot(promised, real, **dots)
+    left.axhline(0.01, color=ink, linestyle=":", linewidth=1)
+    left.set(xlabel="agent steps", ylabel="KL(old || new)", ylim=(0, 0.012))
+    left.annotate("bound", (steps[0], 0.01), textcoords="offset points", xytext=(2, 3), fontsize=9)
+    right.plot([0, 0.05], [0, 0.05], color=ink, linestyle=":", linewidth=1)
+    right.set(xlabel="improvement, as promised", ylabel="improvement, in fact", xlim=(0, 0.055), ylim=(0, 0.055))
+    outside = sum(max(row["losses/improvement"], row["losses/expected_improvement"]) > 0.055 for row in rows)
+    right.annotate(f"outside: {outside}", (0.002, 0.051), fontsize=9)
+    thousands(left)
+    return figure, left
+
+
+def unstable(mode: str):
+    """Actor-critic beside A2C on Mario: how far, and how undecided the policy is."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6))
+    points = np.linspace(5_000, 300_000, 150)
+    for script in ("actor_critic", "a2c"):
+        runs = recorded(MARIO, script)
+        draw(left, runs, "charts/x_pos", points, script)
+        draw(right, runs, "losses/entropy", points, script, window=10)
+    left.set(xlabel="agent steps", ylabel="mean x, last 100 episodes", ylim=(0, 1200))
+    right.set(xlabel="agent steps", ylabel="entropy of the policy (nats)", ylim=(0, 2))
+    thousands(left)
+    thousands(right)
+    return figure, left
+
+
+def variance(mode: str):
+    """The noise of the policy gradient, as benchmark/variance.py has measured it."""
+    figure, panel = plt.subplots(figsize=(6, 3.6))
+    results = json.loads((RESULTS / "variance.json").read_text())
+    steps = [int(step) for step in results]
+    for name, script, label in (
+        ("without", "reinforce", "weighted by the return G"),
+        ("with", "reinforce_baseline", "weighted by G - V(s)"),
+    ):
+        figures = [row[name] for row in results.values()]
+        panel.plot(steps, figures, color=COLOURS[script], marker="o", markersize=4, label=label)
+    panel.set(xscale="log", yscale="log", xlabel="agent steps", ylabel="variance of the gradient, 8 episodes")
+    panel.set_xticks(steps, minor=False)
+    panel.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    thousands(panel)
+    return figure, panel
+
+
+FIGURES = [variance, cartpole, mario, mario_ppo, efficiency, trpo, unstable]
+
+
+def style(mode: str) -> None:
+    ink, grid = MODES[mode]
+    plt.rcdefaults()
+    plt.rcParams |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
+    plt.rcParams |= {"axes.edgecolor": grid, "grid.color": grid, "axes.grid": True, "axes.axisbelow": True}
+    plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none", "svg.hashsalt": "0"}
+    plt.rcParams |= {"font.family": "sans-serif", "font.size": 10, "figure.constrained_layout.use": True}
+
+
+def save(figure, panel, path: Path) -> None:
+    """No background: the page's own shows through. No date: the same runs give the same file."""
+    if panel is not None and panel.get_legend_handles_labels()[0]:
+        figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, transparent=True, metadata={"Date": None})
+    plt.close(figure)
+
+
+def own(folders: list[Path]) -> None:
+    """The return, and for Mario flag and x, of any runs, each by itself, by steps and by minutes."""
+    runs = {folder.name: load(folder)[1] for folder in folders}
+    keys = ["charts/episodic_return", "charts/flag", "charts/x_pos"]
+    keys = [key for key in keys if any(key in row for rows in runs.values() for row in rows)]
+    figure, panels = plt.subplots(len(keys), 2, figsize=(9, 3 * len(keys)), squeeze=False, sharey="row")
+    for row, key in zip(panels, keys, strict=True):
+        for panel, axis in zip(row, ("global_step", "time"), strict=True):
+            for name, rows in runs.items():
+                points = np.linspace(0, rows[-1][axis], 300)
+                panel.plot(points, recent(rows, key, points, axis), label=name, linewidth=1.2)
+            panel.set_xlabel("agent steps" if axis == "global_step" else "minutes")
+        row[0].set_ylabel(key.partition("/")[2])
+        thousands(row[0])
+        row[1].xaxis.set_major_formatter(lambda x, _: f"{x / 60:.0f}")
+    save(figure, panels[0][0], Path("curves.svg"))
+    print("curves.svg")
+
+
+def main() -> None:
+    if sys.argv[1:]:
+        style("light")
+        return own([Path(name) for name in sys.argv[1:]])
+    IMAGES.mkdir(exist_ok=True)
+    for mode in MODES:
+        style(mode)
+        for function in FIGURES:
+            path = IMAGES / f"{function.__name__}-{mode}.svg"
+            save(*function(mode), path)
+            print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
