@@ -599,7 +599,8 @@ class Decoder(nn.Module):
 
 def unimix(logits: torch.Tensor, share: float) -> torch.Tensor:
     """Probabilities of which a share is uniform, so that none is 0 and no KL divergence infinite; (..., C)."""
-    return (1 - share) * logits.float().softmax(-1) + share / logits.shape[-1]
+    probs = (1 - share) * logits.float().softmax(-1) + share / logits.shape[-1]
+    return probs if share else probs.clamp(min=1e-30)  # whose logarithm is finite
 
 
 def pick(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

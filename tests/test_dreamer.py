@@ -138,6 +138,15 @@ def test_the_mean_of_symmetric_logits_is_zero_to_the_digit():
     assert logits.softmax(-1).mul(agent_of().bins).sum(-1).abs().max() > 0  # as a plain sum would have it
 
 
+def test_without_unimix_nothing_is_infinite():
+    agent = agent_of(actor_unimix=0, unimix=0)
+    agent.actor[-1].bias.data = torch.tensor([300.0, -300, 0, 0])
+    log_probs, entropy = agent.judge(torch.randn(4, 640), torch.eye(4))
+    assert log_probs.isfinite().all() and entropy.isfinite().all() and log_probs[0] == 0 > log_probs[1]
+    certain, other = d.unimix(torch.tensor([[[300.0, -300]], [[-300.0, 300]]]), 0)
+    assert d.kl_divergence(certain, other).isfinite()
+
+
 def test_unimix_and_pick():
     probs = d.unimix(torch.tensor([100.0, 0.0, 0.0, 0.0]), 0.01)
     torch.testing.assert_close(probs, torch.tensor([0.9925, 0.0025, 0.0025, 0.0025]))
