@@ -1282,7 +1282,7 @@ def set_up(args: Args) -> tuple[torch.device, Envs, Agent]:
     torch.set_num_threads(1)  # threads of torch beside those that step environments slow both down many times
     envs = Envs(args.env, 1 if args.evaluate else args.num_envs, args.num_threads)
     fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    dtype = torch.bfloat16 if envs.image and fast else torch.float32
+    dtype = torch.bfloat16 if fast else torch.float32
     senses = {sense: values.shape[1:] for sense, values in envs.obs.items()}
     agent = Agent(senses, envs.num_actions, envs.discrete, args, dtype)
     agent.to(device, memory_format=torch.channels_last if envs.image else torch.preserve_format)
