@@ -77,8 +77,8 @@ def mario_table(folder: Path, every: int = 200_000) -> str:
 def mario_ladder(folders: list[Path], budget: int = 300_000) -> str:
     """What each script had shown after so many agent steps of training: all its episodes, and the last 100 of them."""
     lines = [
-        "| script | mean x | best x | flags, last 100 | flags, all | return | episodes |",
-        "|---|---|---|---|---|---|---|",
+        "| script | agent steps | mean x | best x | flags, last 100 | flags, all | return | episodes |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for folder in sorted(folders, key=lambda folder: LADDER.index(load(folder)[0]["script"])):
         config, rows = load(folder)
@@ -86,7 +86,7 @@ def mario_ladder(folders: list[Path], budget: int = 300_000) -> str:
         recent, best = episodes[-100:], max(row["charts/x_pos"] for row in episodes)
         flags = [sum(row["charts/flag"] for row in some) for some in (recent, episodes)]
         x, paid = (statistics.mean(row[f"charts/{key}"] for row in recent) for key in ("x_pos", "episodic_return"))
-        name = f"`{config['script']}.py`"
+        name = f"`{config['script']}.py` | {min(budget, round(rows[-1]['global_step'], -3)):,}"
         lines.append(f"| {name} | {x:,.0f} | {best:,} | {flags[0]} | {flags[1]} | {paid:,.0f} | {len(episodes):,} |")
     return "\n".join(lines)
 
