@@ -69,6 +69,11 @@ wrong is believed by the actor until real play corrects it.
         --learning-rate 3e-4 --warmup 100 --eval-episodes 100
     uv run dreamerv3.py --evaluate runs/<run>/best.pt --eval-episodes 100 --capture-video
 
+Measured on 2 x86-64 cores without a GPU (flags, commits and curves in benchmark/results), size 1m: CartPole-v1, seeds 1
+to 3, 20,000 steps: the best checkpoints return 500 over 100 episodes, the last ones 500, 500 and 194, as evaluations
+rise and fall on the way. Pendulum-v1, seed 1: -149 after 20,000 steps. Super Mario Bros 1-1, seed 1: mean x of the last
+100 episodes 791 after 12,000 steps, 488 after 41,000, no flag; the dreams show the level, but no goomba.
+
 Hafner, Pasukonis, Ba, Lillicrap 2025, doi 10.1038/s41586-025-08744-2 and arXiv 2301.04104 (DreamerV3), as the authors'
 later code has it, but for 1 % of uniform policy, which that code leaves out (--actor-unimix 0); Hafner et al. 2019,
 arXiv 1811.04551 (RSSM), 2020, arXiv 1912.01603 (Dreamer); Ziyin, Wang, Ueda 2020, arXiv 2002.04839 (LaProp); Brock et

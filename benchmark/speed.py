@@ -228,7 +228,7 @@ def dreamer(kind: str, size: str, sense: str, steps: str, cuda: str) -> None:
         flags = (
             f"exp=dreamer_v3_5 algo=dreamer_v3_5_{size} {space} env.num_envs=16 env.sync_env=True algo.replay_ratio=1"
         )
-        flags += f" fabric.accelerator=cpu fabric.precision={'bf16-mixed' if sense == 'image' else '32-true'}"
+        flags += " fabric.accelerator=cpu fabric.precision=bf16-mixed"
         flags += f" num_threads={os.cpu_count()} buffer.size=50000 buffer.memmap=False metric.log_level=0"
         flags += " checkpoint.save_last=False checkpoint.every=0 algo.run_test=False env.capture_video=False"
         sys.argv[1:] = flags.split()
