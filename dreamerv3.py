@@ -755,7 +755,7 @@ def two_hot_mean(logits: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
     return (terms[..., :middle].flip(-1) + terms[..., middle + 1 :]).sum(-1) + terms[..., middle]
 
 
-def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+def latent_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """KL(p || q) of probabilities (..., LATENTS, C), summed over the variables -> (...,)."""
     return (p * (p.log() - q.log())).sum((-2, -1))
 
@@ -798,8 +798,8 @@ def model_losses(agent: Agent, args: Args, batch: dict, deter, stoch, logits) ->
     losses["continue"] = F.binary_cross_entropy_with_logits(agent.going_on(states).float().squeeze(-1), going_on)
     posterior = unimix(logits, args.unimix)
     prior = unimix(agent.rssm.logits(agent.rssm.prior, deter), args.unimix)
-    losses["dynamics"] = kl_divergence(posterior.detach(), prior).clamp(min=args.free_nats).mean()
-    losses["representation"] = kl_divergence(posterior, prior.detach()).clamp(min=args.free_nats).mean()
+    losses["dynamics"] = latent_kl(posterior.detach(), prior).clamp(min=args.free_nats).mean()
+    losses["representation"] = latent_kl(posterior, prior.detach()).clamp(min=args.free_nats).mean()
     return losses
 
 

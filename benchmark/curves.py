@@ -12,7 +12,6 @@ pages. Curves are means over the last episodes of training, whose actions are dr
 the axis; with several seeds the line is their mean and the band reaches from the lowest to the highest of them.
 """
 
-import gzip
 import json
 import sys
 from pathlib import Path
@@ -20,21 +19,14 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from record import LADDER, RESULTS, load
 
 ROOT = Path(__file__).parent.parent
-RESULTS, IMAGES = ROOT / "benchmark" / "results", ROOT / "images"
+IMAGES = ROOT / "images"
 MARIO = "SuperMarioBros-1-1-v0"
-SCRIPTS = ["reinforce", "reinforce_baseline", "actor_critic", "a2c", "trpo", "ppo", "dreamerv3"]
-COLOURS = dict(zip(SCRIPTS, ["#999999", "#CC79A7", "#D55E00", "#E69F00", "#009E73", "#0072B2", "#56B4E9"], strict=True))
-LABELS = {script: script.replace("_", " + ") if "baseline" in script else script for script in SCRIPTS}
+COLOURS = dict(zip(LADDER, ["#999999", "#CC79A7", "#D55E00", "#E69F00", "#009E73", "#0072B2", "#56B4E9"], strict=True))
+LABELS = {script: script.replace("_", " + ") if "baseline" in script else script for script in LADDER}
 MODES = {"light": ("#24292f", "#d0d7de"), "dark": ("#e6edf3", "#3d444d")}  # ink and grid
-
-
-def load(folder: Path) -> tuple[dict, list[dict]]:
-    """Config and metrics of a run, recorded or as it was left."""
-    packed, plain = folder / "metrics.jsonl.gz", folder / "metrics.jsonl"
-    text = gzip.decompress(packed.read_bytes()).decode() if packed.exists() else plain.read_text()
-    return json.loads((folder / "config.json").read_text()), [json.loads(line) for line in text.splitlines()]
 
 
 def recorded(env: str, script: str) -> list[list[dict]]:
@@ -77,7 +69,7 @@ def cartpole(mode: str):
     """All scripts, 5 seeds (DreamerV3: 3)."""
     figure, panel = plt.subplots(figsize=(7, 4))
     points = np.geomspace(1_000, 300_000, 160)
-    for script in SCRIPTS:
+    for script in LADDER:
         draw(panel, recorded("CartPole-v1", script), "charts/episodic_return", points, script, window=20)
     panel.set(xscale="log", xlabel="agent steps", ylabel="return, last 20 episodes", title="CartPole-v1", ylim=(0, 510))
     thousands(panel)
@@ -88,7 +80,7 @@ def mario(mode: str):
     """All scripts on level 1-1, one seed each."""
     figure, panel = plt.subplots(figsize=(7, 4))
     points = np.linspace(5_000, 300_000, 150)
-    for script in SCRIPTS:
+    for script in LADDER:
         draw(panel, recorded(MARIO, script), "charts/x_pos", points, script)
     panel.set(xlabel="agent steps", ylabel="mean x, last 100 episodes", title="Super Mario Bros 1-1, one seed each")
     panel.set_ylim(0, 3300)

@@ -32,8 +32,10 @@ def keep(run: Path, note: str = "") -> Path:
 
 
 def load(folder: Path) -> tuple[dict, list[dict]]:
-    lines = gzip.decompress((folder / "metrics.jsonl.gz").read_bytes()).decode().splitlines()
-    return json.loads((folder / "config.json").read_text()), [json.loads(line) for line in lines]
+    """Config and metrics of a run, recorded or as it was left."""
+    packed, plain = folder / "metrics.jsonl.gz", folder / "metrics.jsonl"
+    text = gzip.decompress(packed.read_bytes()).decode() if packed.exists() else plain.read_text()
+    return json.loads((folder / "config.json").read_text()), [json.loads(line) for line in text.splitlines()]
 
 
 def final_table(folders: list[Path]) -> str:

@@ -144,7 +144,7 @@ def test_without_unimix_nothing_is_infinite():
     log_probs, entropy = agent.judge(torch.randn(4, 640), torch.eye(4))
     assert log_probs.isfinite().all() and entropy.isfinite().all() and log_probs[0] == 0 > log_probs[1]
     certain, other = d.unimix(torch.tensor([[[300.0, -300]], [[-300.0, 300]]]), 0)
-    assert d.kl_divergence(certain, other).isfinite()
+    assert d.latent_kl(certain, other).isfinite()
 
 
 def test_unimix_and_pick():
@@ -172,7 +172,7 @@ def test_samples_pass_the_gradient_to_the_mixed_probabilities():
 def test_kl_is_summed_over_variables_before_the_free_nats():
     p, q = torch.randn(2, 5, 32, 4).softmax(-1)
     P, Q = (torch.distributions.Independent(torch.distributions.Categorical(probs=x), 1) for x in (p, q))
-    torch.testing.assert_close(d.kl_divergence(p, q), torch.distributions.kl_divergence(P, Q))
+    torch.testing.assert_close(d.latent_kl(p, q), torch.distributions.kl_divergence(P, Q))
 
 
 @pytest.mark.parametrize("discrete", [True, False])
@@ -323,7 +323,7 @@ def test_model_losses_by_definition():
         "continue": -(target * going_on.log() + (1 - target) * (1 - going_on).log()).mean(),
     }
     prior = agent.rssm.prior(deter).unflatten(-1, (32, 4))
-    kl = d.kl_divergence(d.unimix(logits, 0.01), d.unimix(prior, 0.01))
+    kl = d.latent_kl(d.unimix(logits, 0.01), d.unimix(prior, 0.01))
     for nats in (1.0, kl.median().item()):  # the latter holds for some steps, and not for others
         losses = d.model_losses(agent, d.Args(free_nats=nats), batch, deter, stoch, logits)
         held = kl.clamp(min=nats).mean()
