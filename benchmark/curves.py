@@ -67,7 +67,7 @@ def thousands(panel) -> None:
 
 def cartpole(mode: str):
     """All scripts, 5 seeds (DreamerV3: 3)."""
-    figure, panel = plt.subplots(figsize=(7, 4))
+    figure, panel = plt.subplots(figsize=(6, 3.8))
     points = np.geomspace(1_000, 300_000, 160)
     for script in LADDER:
         draw(panel, recorded("CartPole-v1", script), "charts/episodic_return", points, script, window=20)
@@ -78,7 +78,7 @@ def cartpole(mode: str):
 
 def mario(mode: str):
     """All scripts on level 1-1, one seed each."""
-    figure, panel = plt.subplots(figsize=(7, 4))
+    figure, panel = plt.subplots(figsize=(6, 3.8))
     points = np.linspace(5_000, 300_000, 150)
     for script in LADDER:
         draw(panel, recorded(MARIO, script), "charts/x_pos", points, script)
@@ -92,7 +92,7 @@ def mario(mode: str):
 
 def mario_ppo(mode: str):
     """PPO's long run: how far, and how often to the flag."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(6.5, 3.2))
     points = np.linspace(10_000, 2_000_000, 200)
     runs = recorded(MARIO, "ppo")
     draw(left, runs, "charts/x_pos", points, "ppo")
@@ -107,7 +107,7 @@ def mario_ppo(mode: str):
 
 def efficiency(mode: str):
     """PPO beside DreamerV3, by steps and by minutes."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(6.5, 3.4), sharey=True)
     dreams = recorded(MARIO, "dreamerv3")
     end = max((rows[-1]["global_step"] for rows in dreams), default=100_000)
     minutes = max((rows[-1]["time"] for rows in dreams), default=6_000)
@@ -125,7 +125,7 @@ def efficiency(mode: str):
 
 def trpo(mode: str):
     """TRPO's own account of its updates on Mario: KL against its bound, promised against real improvement."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(6.5, 3.2))
     rows = [row for row in recorded(MARIO, "trpo")[0] if "losses/kl" in row]
     steps, ink = np.array([row["global_step"] for row in rows]), MODES[mode][0]
     for tried in sorted({round(row["losses/line_search_steps"]) for row in rows}):
@@ -149,7 +149,7 @@ def trpo(mode: str):
 
 def unstable(mode: str):
     """Actor-critic beside A2C on Mario: how far, and how undecided the policy is."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(6.5, 3.4))
     points = np.linspace(5_000, 300_000, 150)
     for script in ("actor_critic", "a2c"):
         runs = recorded(MARIO, script)

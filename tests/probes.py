@@ -39,15 +39,23 @@ class Delayed(Constant):
 class Copycat(gym.Env):
     """One step; reward 1 where the action is the observation, else -1: V = 1 for a policy that looks."""
 
-    observation_space, action_space = gym.spaces.Box(0, 1, (1,), np.float32), DISCRETE
+    observation_space, action_space, one = gym.spaces.Box(0, 1, (1,), np.float32), DISCRETE, 1
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.bit = int(self.np_random.integers(2))
-        return np.full(1, self.bit, np.float32), {}
+        return np.full(1, self.bit * self.one, np.float32), {}
 
     def step(self, action):
-        return np.full(1, self.bit, np.float32), 1.0 if action == self.bit else -1.0, True, False, {}
+        reward = 1.0 if action == self.bit else -1.0
+        return np.full(1, self.bit * self.one, np.float32), reward, True, False, {}
+
+
+class Loud(Copycat):
+    """The same with observations that are far apart. A world model pays for what it remembers: 0 or 1 is hardly worth
+    its KL divergence, as not knowing it costs symlog(1)^2 / 4 = 0.12; 0 or 20 costs 2.3."""
+
+    observation_space, one = gym.spaces.Box(0, 20, (1,), np.float32), 20
 
 
 class Diary(gym.Env):
@@ -178,7 +186,7 @@ class FromOne(Constant):
 
 
 for probe, limit in {
-    Constant: 5, OneStep: None, Delayed: None, Copycat: None, Diary: None, Clockwork: None, Screen: None,
+    Constant: 5, OneStep: None, Delayed: None, Copycat: None, Loud: None, Diary: None, Clockwork: None, Screen: None,
     TwoLengths: None, Breaks: 200, NotANumber: 200, Both: 5, BoxActions: 5, DictObs: 5, FromOne: 5,
     ManyActions: 5, Words: 5,
 }.items():  # fmt: skip

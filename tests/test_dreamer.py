@@ -768,11 +768,12 @@ def test_evaluating_changes_nothing_and_the_seed_decides(call, tmp_path):
 
 
 def test_learning_to_look(call, tmp_path):
-    """Copycat pays 1 for the action that equals the observation, else -1: so V = 1 once it is seen."""
-    flags = "--env probes:Copycat-v0 --num-envs 8 --total-timesteps 2400 --batch-size 8 --batch-length 8 --horizon 3"
+    """Loud pays 1 for the action that tells what was observed, else -1. Perfect would be 0.99, but for the latents' 1 %
+    of noise."""
+    flags = "--env probes:Loud-v0 --num-envs 8 --total-timesteps 1600 --batch-size 8 --batch-length 8 --horizon 3"
     flags += " --train-ratio 16 --learning-rate 1e-3 --warmup 50 --eval-episodes 200"
     assert call(d, *flags.split(), "--run-dir", tmp_path / "run") == 0
-    assert metrics(tmp_path / "run")[-1]["eval/return_mean"] > 0.5  # a policy that does not look earns 0 +- 0.07
+    assert metrics(tmp_path / "run")[-1]["eval/return_mean"] > 0.7  # a policy that does not look earns 0 +- 0.07
 
 
 # ---- environments

@@ -1,6 +1,7 @@
 """The house around the scripts: set-up, README, style."""
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -25,7 +26,7 @@ def test_each_script_declares_what_requirements_declare():
     required = (ROOT / "requirements.txt").read_text().splitlines()
     for name in SCRIPTS:
         assert metadata(ROOT / f"{name}.py") == {"requires-python": ">=3.13", "dependencies": required}
-    for name in ("speed", "variance"):  # which run the scripts
+    for name in ("speed", "variance", "dmc"):  # which run the scripts
         declared = metadata(ROOT / "benchmark" / f"{name}.py")["dependencies"]
         assert [line for line in declared if line in required] == required
 
@@ -103,6 +104,48 @@ def test_every_command_in_readme_and_docstrings_parses(monkeypatch):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
         args, state = script.parse()  # a value that cannot work ends here with exit code 2
         assert state == {} and args.total_timesteps > 0
+
+
+def test_every_long_command_of_the_readme_was_run(monkeypatch):
+    """Its flags are those of a run in benchmark/results, but for the seed and what leaves training as it is."""
+    idle = {"seed", "run_dir", "num_threads", "cuda", "capture_video", "log_every", "save_every"}
+    recorded = [json.loads(path.read_text()) for path in (ROOT / "benchmark" / "results").glob("*/config.json")]
+    checked = 0
+    for name, flags in commands(README):
+        if {"--resume", "--evaluate", "--help"} & set(flags) or "corridor:Corridor-v0" in flags:
+            continue
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
+        args = {flag: value for flag, value in vars(__import__(name).parse()[0]).items() if flag not in idle}
+        runs = [run for run in recorded if run["script"] == name]
+        assert any(all(run.get(flag, value) == value for flag, value in args.items()) for run in runs), (name, flags)
+        checked += 1
+    assert checked >= 14
+
+
+def test_the_environment_of_the_readme_is_learnt(call, tmp_path, monkeypatch):
+    (source,) = re.findall(r"```python\n(import gymnasium.*?class Corridor.*?)```", README, re.DOTALL)
+    (tmp_path / "corridor.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    ((name, flags),) = [command for command in commands(README) if "corridor:Corridor-v0" in command[1]]
+    assert call(__import__(name), *flags, "--run-dir", "run") == 0
+    assert metrics("run")[-1]["eval/return_mean"] > 0.88  # ten steps to the goal, 0.01 each, return 0.91
+
+
+def test_the_commands_of_the_readme_for_a_run_that_is_there(call, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ppo = __import__("ppo")
+    first = [*short("ppo"), "--env", "CartPole-v1", "--total-timesteps", 64, "--run-dir", "runs/one"]
+    assert call(ppo, *first) == 0
+    shown = README.partition("## What a run gives you")[2].partition("\n## ")[0]
+    found = [shlex.split(line) for line in re.findall(r"uv run ppo\.py (.*<run>[^#\n]*)", shown)]
+    assert len(found) == 4
+    for flags in found:
+        flags = ["128" if flag == "4000000" else flag.replace("<run>", "one") for flag in flags]
+        whole = "--resume" in flags and "--total-timesteps" not in flags  # it ends by saying so
+        assert call(ppo, *flags) == (2 if whole else 0)
+    assert "100 episodes: return" in capsys.readouterr().out
+    assert metrics("runs/one")[-1]["global_step"] == 128 and (tmp_path / "runs/one/videos/best.mp4").exists()
 
 
 def test_ci_calls_the_test_command_of_the_readme():
