@@ -21,8 +21,9 @@
     uv run benchmark/dmc.py --env dmc/cartpole-swingup-v0 --num-envs 4 --train-ratio 512 --total-timesteps 30000
 
 All flags are those of dreamerv3.py. The task is what the published runs saw: positions and velocities as vectors, each
-action for two of the simulator's steps, 500 actions to an episode, which a time limit cuts. (labmaze, which dm-control
-asks for, serves its mazes only and has no wheel for Python 3.13; the last line of the metadata leaves it out.)
+action for two of the simulator's steps, 500 actions to an episode, which a time limit cuts. Nothing can be drawn, so
+--capture-video does not work. (labmaze, which dm-control asks for, serves its mazes only and has no wheel for Python
+3.13; the last line of the metadata leaves it out.)
 """
 
 import importlib.util

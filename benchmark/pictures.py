@@ -28,9 +28,8 @@ def frames(path: str) -> tuple[list[np.ndarray], float]:
 
 def gif(video: str, picture: str) -> None:
     images, fps = frames(video)
-    palette = Image.fromarray(np.concatenate(images[:: len(images) // 8])).quantize(
-        32
-    )  # one for all: it does not flicker
+    some = np.concatenate(images[:: max(len(images) // 8, 1)])
+    palette = Image.fromarray(some).quantize(32)  # one for all frames: it does not flicker
     shown = [Image.fromarray(image).quantize(palette=palette, dither=Image.Dither.NONE) for image in images[::2]]
     shown[0].save(picture, save_all=True, append_images=shown[1:], duration=round(2000 / fps), loop=0, optimize=True)
 

@@ -21,7 +21,7 @@ LADDER = ["reinforce", "reinforce_baseline", "actor_critic", "a2c", "trpo", "ppo
 
 def keep(run: Path, note: str = "") -> Path:
     config = json.loads((run / "config.json").read_text())
-    name = f"{config['env']}__{config['script']}__{config['seed']}" + (f"__{note}" if note else "")
+    name = f"{config['env'].replace('/', '-')}__{config['script']}__{config['seed']}" + (f"__{note}" if note else "")
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
     config["run_dir"] = run.name  # where it lay on that machine is nobody's business
@@ -93,6 +93,27 @@ def mario_ladder(folders: list[Path], budget: int = 300_000) -> str:
     return "\n".join(lines)
 
 
+def control_table() -> str:
+    """DreamerV3's training returns on the Control Suite beside the published ones, per 10,000 frames: 5,000 steps."""
+    published = json.loads((RESULTS / "published.json").read_text())
+    runs = [load(folder) for folder in sorted(RESULTS.glob("dmc-cartpole-swingup-v0__dreamerv3__*"))]
+    heads = [f"`--size {config['size']}`, step size {config['learning_rate']:g}" for config, _ in runs]
+    lines = [f"| frames | published, 12m, 5 seeds | {' | '.join(heads)} |", "|---" * (2 + len(runs)) + "|"]
+    for row, frames in enumerate(published["frames"]):
+        returns = [seed[row] for seed in published["returns"].values()]
+        cells = [f"{statistics.mean(returns):.0f} ({min(returns):.0f} to {max(returns):.0f})"]
+        for _, metrics in runs:
+            mine = [
+                line["charts/episodic_return"]
+                for line in metrics
+                if "charts/episodic_return" in line and frames - 10_000 < 2 * line["global_step"] <= frames
+            ]
+            whole = 2 * metrics[-1]["global_step"] >= frames
+            cells.append(f"{statistics.mean(mine):.0f}" if whole else "")
+        lines.append(f"| {frames:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     """All tables of the README that come from recorded runs, by their headings."""
     folders = sorted(path.parent for path in RESULTS.glob("*/metrics.jsonl.gz") if path.parent.name.count("__") == 2)
@@ -100,7 +121,7 @@ def tables() -> dict[str, str]:
     found = {"Last evaluations": final_table(folders)}
     found["Mario, the first 300,000 steps of training, seed 1"] = mario_ladder(mario)
     (ppo,) = (path for path in mario if path.name.endswith("__ppo__1"))
-    return found | {"Mario, PPO": mario_table(ppo)}
+    return found | {"Mario, PPO": mario_table(ppo), "Cartpole swing-up, DreamerV3": control_table()}
 
 
 def main() -> None:
