@@ -57,10 +57,9 @@ Steps after a likely end count less, by the product of the c so far.
 Numbers of any size. Rewards and values may be 0.01 or 10,000. Instead of a number, the heads predict probabilities of
 255 bins, spaced as symexp(-20 ... 20), and learn by cross entropy (two-hot: a target lies between two bins and gives
 each a share). The size of a gradient then does not depend on the size of a reward, and what is read off is the mean.
-Vectors are squashed by symlog(x) = sign(x) ln(1 + |x|). That tames large observations; small ones are the catch: not to
-know what varies by 0.1 costs 0.01 of (8), less than the divergence that remembering it costs, so the model forgets it.
-Give such a number a larger unit. One set of hyperparameters serves all; --size scales the networks, and --train-ratio
-says how often each step is replayed.
+Vectors are squashed by symlog(x) = sign(x) ln(1 + |x|). That tames large observations; small ones may be the catch: not
+to know what varies by 0.1 costs only 0.01 of (8), so a larger unit can help the model to remember it. One set of
+hyperparameters serves all; --size scales the networks, and --train-ratio says how often each step is replayed.
 
 What is still wrong: more parts than all other rungs together, far more computing per step, and whatever the model gets
 wrong is believed by the actor until real play corrects it.

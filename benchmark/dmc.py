@@ -55,7 +55,7 @@ class Task(gym.Env):
         return self.sense(self.simulator.reset()), {}
 
     def sense(self, moment) -> dict:
-        return {key: np.array(value, np.float64).reshape(np.shape(value)) for key, value in moment.observation.items()}
+        return {key: np.array(value, np.float64) for key, value in moment.observation.items()}
 
     def step(self, action):
         total = 0.0
