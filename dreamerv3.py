@@ -1073,12 +1073,17 @@ def play(agent: Agent, args: Args) -> None:
 
 
 def save(path: Path, state: dict) -> None:
-    """Write to a temporary file, flush, rename: a kill at any moment leaves the previous checkpoint whole."""
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    """Write to a temporary file, flush, rename: a kill or a full disk at any moment leaves the previous file whole."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except Exception as error:  # torch raises OSError or RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written; is the disk full?") from error
+    os.replace(temporary, path)
 
 
 def load(path: Path) -> dict:
@@ -1115,10 +1120,6 @@ class Run:
         self.dir = Path(args.run_dir)
         if (self.dir / "checkpoint.pt").exists() and not args.resume:
             fail(f"--run-dir {self.dir} holds a run already; continue it with --resume {self.dir} or name another.")
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"--run-dir {self.dir} cannot be made ({error.strerror}); name another folder.")
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = None
         with contextlib.suppress(OSError):  # no git here
@@ -1127,9 +1128,12 @@ class Run:
         versions = {package: importlib.metadata.version(package) for package in packages}
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cores()} x {platform.machine()}"
         config = {"script": SCRIPT, **asdict(args), "versions": versions, "device": name, "commit": commit}
-        (self.dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-        self.file = open(self.dir / "metrics.jsonl", "ab", buffering=0)  # one write per line: a kill tears none
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            (self.dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            self.file = open(self.dir / "metrics.jsonl", "ab", buffering=0)  # one write per line: a kill tears none
+        except OSError as error:
+            fail(f"--run-dir {self.dir} cannot be written to ({error.strerror}); name another folder.")
         whole = min(state.get("metrics_bytes", 0), self.file.tell())
         self.file.seek(self.file.truncate(whole))  # what followed is played again
         self.began = time.time() - state.get("seconds", 0)
@@ -1152,7 +1156,11 @@ class Run:
         signal.signal(signal.SIGINT, self.interrupt)
         signal.signal(signal.SIGTERM, self.interrupt)
         self.mark()
-        self.save("checkpoint.pt", self.parts)
+        try:
+            self.save("checkpoint.pt", self.parts)
+        except OSError as error:
+            self.file.close()
+            fail(f"--run-dir {self.dir} cannot hold a run: {error}")
         return self
 
     def interrupt(self, number, frame) -> None:
@@ -1175,7 +1183,10 @@ class Run:
 
     def write(self, figures: dict, video: Path | None = None) -> None:
         figures = {"global_step": self.global_step, "time": round(time.time() - self.began, 3), **figures}
-        self.file.write(json.dumps(figures).encode() + b"\n")
+        line, end = json.dumps(figures).encode() + b"\n", self.file.tell()
+        if self.file.write(line) < len(line):
+            self.file.truncate(end)
+            raise OSError(f"{self.file.name} cannot be written; is the disk full?")
         if self.wandb:
             self.tracker.log(figures | ({"videos/eval": self.wandb.Video(str(video))} if video else {}))
 
@@ -1254,9 +1265,14 @@ class Run:
             ending, code = "stopped", 128 + (self.signal or signal.SIGINT)
         elif error:
             ending, code = f"failed ({error})", 1
-            (self.dir / "error.txt").write_text("".join(traceback.format_exception(error)))
-        if code and not self.updating:  # in the middle of an update the last checkpoint is the good one
-            self.save("checkpoint.pt", self.parts)
+        try:
+            if code and not self.updating:  # in the middle of an update the last checkpoint is the good one
+                self.save("checkpoint.pt", self.parts)
+        except OSError as full:
+            ending, code, error = f"failed ({full})", 1, full
+        if code == 1:
+            with contextlib.suppress(OSError):  # no room for it either
+                (self.dir / "error.txt").write_text("".join(traceback.format_exception(error)))
         self.bar.update(self.global_step - self.bar.n)
         self.bar.close()
         self.file.close()

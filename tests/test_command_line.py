@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import signal
 import struct
 import subprocess
@@ -181,7 +182,7 @@ MISTAKES = {
     "--env probes:Nothing-v0": "--env probes:Nothing-v0 is unknown",
     "--resume nowhere": "There is no checkpoint nowhere",
     "--resume a --evaluate b": "cannot work together",
-    "--run-dir config.json/run": "--run-dir config.json/run cannot be made (Not a directory)",
+    "--run-dir config.json/run": "--run-dir config.json/run cannot be written to (Not a directory)",
     "--env probes:OneStep-v0 --capture-video": "--env probes:OneStep-v0 cannot be made",
     "--evaluate nothing.pt": "There is no checkpoint nothing.pt",
 }
@@ -398,6 +399,42 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint(script, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         script.save(path, state)
     assert script.load(path) == state
+
+
+@pytest.fixture
+def room():
+    """room(size): from now on no file grows beyond size bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size, sentence", [(0, "cannot be written to"), (2048, "cannot hold a run")])
+def test_a_full_disk_gets_one_sentence(script, call, tmp_path, capsys, room, size, sentence):
+    room(size)
+    assert call(script, *tiny(script), "--run-dir", tmp_path / "run") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and sentence in err
+
+
+@pytest.mark.parametrize("save_every", [1, 0])
+def test_a_disk_that_fills_up_costs_no_more_than_the_steps_since_the_last_checkpoint(
+    script, call, tmp_path, capsys, monkeypatch, room, save_every
+):
+    """With --save-every 0 it is a line of metrics.jsonl that finds no room, else a checkpoint."""
+    run, reset, largest = tmp_path / "run", script.Envs.reset, resource.RLIM_INFINITY
+    monkeypatch.setattr(script.Envs, "reset", lambda envs, seed: (room(2048), reset(envs, seed)))
+    flags = "--total-timesteps", 320, "--eval-every", 0, "--save-every", save_every
+    assert call(script, *tiny(script), *flags, "--run-dir", run) == 1
+    out, err = capsys.readouterr()
+    assert "cannot be written; is the disk full?); all is kept" in out and "as of step 0." in out
+    assert err == "" and "OSError" in (run / "error.txt").read_text()
+    assert ("metrics.jsonl cannot be written" in (run / "error.txt").read_text()) == (save_every == 0)
+    metrics(run)  # parses every line: none is torn
+    assert not list(run.rglob("*.tmp"))
+    monkeypatch.setattr(script.Envs, "reset", reset)
+    room(largest)
+    assert call(script, "--resume", run, "--total-timesteps", 64) == 0
 
 
 def test_an_environment_that_raises_ends_with_a_sentence(script, call, tmp_path, capsys):
