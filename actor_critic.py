@@ -105,8 +105,8 @@ class Args:
     compile: bool = False  # compile the network (CUDA graphs on a GPU): slower start, faster updates
     # actor-critic
     norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
-    anneal_lr: bool = True  # let the learning rates fall linearly to 0
-    value_learning_rate: float = 1e-3  # step size of the critic
+    anneal_lr: bool = True  # let the learning rate fall linearly to 0
+    value_learning_rate: float = 1e-3  # step size of the critic, falls likewise
 
     @property
     def batch_size(self) -> int:
@@ -357,7 +357,7 @@ def td_errors(rewards, values, next_values, gamma: float) -> tuple[torch.Tensor,
     next_values is V of the state to which the step really led: 0 if the episode terminated there, V(last observation)
     if a time limit cut it.
     """
-    deltas = rewards + gamma * next_values - values
+    deltas = rewards + gamma * next_values - values  # the TD errors, equation (3)
     return deltas, deltas + values
 
 
@@ -718,14 +718,14 @@ def main() -> None:
             v_lr = args.value_learning_rate * (run.remaining if args.anneal_lr else 1)
             optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = lr, v_lr
 
-            # act: one step
+            # act: one step, and learn from it at once
             obs = to_device(envs.obs.copy())
             with torch.no_grad():
                 actions, _, values = agent.act(obs)
             envs.step(actions.tolist())
             run.step(args.num_envs, envs.finished)
 
-            # learn from it at once
+            # learn
             run.begin_update()
             dones = envs.terminated | envs.truncated
             rewards = scaler(envs.rewards[None], dones[None])[0] if args.norm_reward else envs.rewards

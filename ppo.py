@@ -802,7 +802,7 @@ def main() -> None:
             batch = {"obs": obs, "actions": actions, "log_probs": log_probs, "values": values}
             batch |= {"advantages": advantages, "returns": returns}
             batch = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
-            if envs.image:  # convolutions are faster on it; converted once, not in every minibatch
+            if envs.image:  # convolutions are faster on it; converted once, not at every use
                 batch["obs"] = batch["obs"].contiguous(memory_format=torch.channels_last)
             figures = update(agent, optimizer, args, batch, ent_coef)
             explained_variance = 1 - (returns - values).var() / (returns.var() + 1e-8)

@@ -324,7 +324,8 @@ class Agent(nn.Module):
 
     def act(self, obs: torch.Tensor, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
         """obs (B, *obs_shape) -> actions (B,) drawn from the policy, their log pi(a|s) (B,)."""
-        log_probs = F.log_softmax(self(obs), -1)
+        logits = self(obs)
+        log_probs = F.log_softmax(logits, -1)
         noise = torch.empty_like(log_probs).exponential_(generator=generator)
         actions = (log_probs.detach().exp() / noise).argmax(-1, keepdim=True)  # as torch.multinomial, in half the time
         return actions.squeeze(-1), log_probs.gather(-1, actions).squeeze(-1)
@@ -347,8 +348,8 @@ def policy_loss(log_probs: torch.Tensor, weights: torch.Tensor, episodes: int) -
 
 
 def update(agent: Agent, optimizer, args: Args, batch: dict) -> dict:
-    """One gradient step on whole episodes -> its losses. batch holds obs, actions and returns, a row per step."""
-    weights, pg_loss, entropy = batch["returns"], 0.0, 0.0
+    """One gradient step on whole episodes -> its losses. batch holds obs, actions and weights, a row per step."""
+    weights, pg_loss, entropy = batch["weights"], 0.0, 0.0
     if args.norm_adv:
         weights = (weights - weights.mean()) / (weights.std(correction=0) + 1e-8)
     optimizer.zero_grad()
@@ -706,9 +707,9 @@ def main() -> None:
             obs, actions, rewards, played = zip(*steps, strict=True)
             returns, played = reward_to_go(np.stack(rewards), args.gamma), np.stack(played)
             batch = {"obs": torch.cat(obs), "actions": torch.cat(actions)}
-            batch["returns"] = to_device(returns[played], dtype=torch.float32)
+            batch["weights"] = to_device(returns[played], dtype=torch.float32)
             if args.discount_start:
-                batch["returns"] *= to_device(args.gamma ** np.nonzero(played)[0], dtype=torch.float32)
+                batch["weights"] *= to_device(args.gamma ** np.nonzero(played)[0], dtype=torch.float32)
             figures = update(agent, optimizer, args, batch)
             run.end_update(figures | {"charts/learning_rate": lr})
 

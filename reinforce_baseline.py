@@ -112,7 +112,6 @@ class Args:
     norm_adv: bool = True  # standardise the weights of each batch of episodes
     discount_start: bool = False  # weight step t by gamma^t too, as the exact gradient of (1) has it
     anneal_lr: bool = True  # let the learning rate fall linearly to 0
-    # baseline
     value_learning_rate: float = 1e-3  # step size of the critic's optimiser
     value_epochs: int = 2  # passes of the critic over each batch of episodes
     value_batch_size: int = 256  # its minibatches
@@ -315,7 +314,8 @@ class Agent(nn.Module):
         if self.image:
             obs = obs.to(self.dtype, memory_format=torch.channels_last).div_(255)
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            features, critic_features = self.actor_trunk(obs), self.critic_trunk(obs)
+            features = self.actor_trunk(obs)
+            critic_features = self.critic_trunk(obs)
         return self.actor(features.float()), self.critic(critic_features.float()).squeeze(-1)
 
     def act(self, obs: torch.Tensor, generator=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -362,8 +362,8 @@ def fit_values(agent: Agent, optimizer, args: Args, batch: dict) -> dict:
 
 
 def update(agent: Agent, optimizer, args: Args, batch: dict) -> dict:
-    """One gradient step on whole episodes -> its losses. batch holds obs, actions and advantages, a row per step."""
-    weights, pg_loss, entropy = batch["advantages"], 0.0, 0.0
+    """One gradient step on whole episodes -> its losses. batch holds obs, actions and weights, a row per step."""
+    weights, pg_loss, entropy = batch["weights"], 0.0, 0.0
     if args.norm_adv:
         weights = (weights - weights.mean()) / (weights.std(correction=0) + 1e-8)
     optimizer.zero_grad()
@@ -695,12 +695,12 @@ def main() -> None:
         return play(agent, args)
     policy = [*agent.actor_trunk.parameters(), *agent.actor.parameters()]
     critic = [*agent.critic_trunk.parameters(), *agent.critic.parameters()]
-    optimizer = torch.optim.Adam(policy, args.learning_rate, eps=1e-5, fused=True)
-    v_optimizer = torch.optim.Adam(critic, args.value_learning_rate, eps=1e-5, fused=True)
+    groups = [{"params": policy, "lr": args.learning_rate}, {"params": critic, "lr": args.value_learning_rate}]
+    optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)  # a step moves the group that has a gradient
     learn_threads = cores() if envs.image and device.type == "cpu" else 1
     to_device = functools.partial(torch.as_tensor, device=device)
 
-    with Run(args, state, device, learn_threads, agent=agent, optimizer=optimizer, v_optimizer=v_optimizer) as run:
+    with Run(args, state, device, learn_threads, agent=agent, optimizer=optimizer) as run:
         envs.reset([args.seed, 0, run.global_step])  # a resumed run meets new episodes
         while run.global_step < args.last_step:
             lr = args.learning_rate * (run.remaining if args.anneal_lr else 1)
@@ -717,8 +717,7 @@ def main() -> None:
                 rewards = np.where(playing, envs.rewards, 0)
                 cut = playing & envs.truncated
                 if cut.any():  # a time limit is no end: V of the state in which it struck stands for the rest
-                    with torch.no_grad():
-                        rewards += args.gamma * np.where(cut, agent(to_device(envs.final_obs))[1].cpu(), 0)
+                    rewards += args.gamma * np.where(cut, agent(to_device(envs.final_obs))[1].detach().cpu(), 0)
                 steps.append((obs, actions, values, rewards, playing.copy()))
                 playing[rows] = ~(envs.terminated | envs.truncated)[rows]
                 run.step(len(rows), envs.finished)
@@ -729,10 +728,11 @@ def main() -> None:
             returns, played = reward_to_go(np.stack(rewards), args.gamma), np.stack(played)
             batch = {"obs": torch.cat(obs), "actions": torch.cat(actions)}
             batch["returns"] = to_device(returns[played], dtype=torch.float32)
-            batch["advantages"] = batch["returns"] - torch.cat(values)  # of V from before its fit to these returns
+            batch["weights"] = batch["returns"] - torch.cat(values)  # the advantages, by V from before its fit
             if args.discount_start:
-                batch["advantages"] *= to_device(args.gamma ** np.nonzero(played)[0], dtype=torch.float32)
-            figures = update(agent, optimizer, args, batch) | fit_values(agent, v_optimizer, args, batch)
+                batch["weights"] *= to_device(args.gamma ** np.nonzero(played)[0], dtype=torch.float32)
+            figures = update(agent, optimizer, args, batch)
+            figures |= fit_values(agent, optimizer, args, batch)
             run.end_update(figures | {"charts/learning_rate": lr})
 
 

@@ -59,7 +59,7 @@ def measure(run: Path) -> dict:
     pairs, update = [], script.update
 
     def spy(agent, optimizer, args, batch):
-        pairs.append([gradient(agent, batch, batch[weights]) for weights in ("returns", "advantages")])
+        pairs.append([gradient(agent, batch, batch[weights]) for weights in ("returns", "weights")])
         if len(pairs) == BATCHES:
             raise KeyboardInterrupt
         return update(agent, optimizer, args, batch)

@@ -89,9 +89,8 @@ def weights(run_dir, name="checkpoint.pt"):
     """All tensors that training changes, by name: parameters and the optimiser's averages."""
     state = torch.load(Path(run_dir) / name, weights_only=True)
     tensors = dict(state["agent"])
-    for optimizer in ("optimizer", "v_optimizer"):
-        for index, averages in state.get(optimizer, {"state": {}})["state"].items():
-            tensors |= {f"{optimizer} {index} {name}": value for name, value in averages.items()}
+    for index, averages in state["optimizer"]["state"].items():
+        tensors |= {f"optimizer {index} {name}": value for name, value in averages.items()}
     return tensors
 
 

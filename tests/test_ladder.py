@@ -239,7 +239,7 @@ def estimate(script, episodes, b):
     returns = script.reward_to_go(rewards, GAMMA)
     rows = [(s, a, GAMMA**t * (returns[t, n] - b(s))) for n, e in enumerate(episodes) for t, (s, a, _) in enumerate(e)]
     obs, actions, weights = (torch.tensor(column) for column in zip(*rows, strict=True))
-    batch = {"obs": obs[:, None], "actions": actions, "returns": weights, "advantages": weights}
+    batch = {"obs": obs[:, None], "actions": actions, "weights": weights}
     script.update(agent, optimizer, SimpleNamespace(norm_adv=False, num_envs=len(episodes)), batch)
     return agent.logits.detach() - LOGITS
 
@@ -412,6 +412,20 @@ def test_the_critics_fit_leaves_the_policy_alone():
     assert all(torch.equal(p, before[n]) == n.startswith("actor") for n, p in agent.state_dict().items())
 
 
+def test_one_optimiser_for_policy_and_critic_moves_one_at_a_time():
+    """Momentum from the other's steps must not carry it on."""
+    agent = agents(baseline)[0]
+    critic = [*agent.critic_trunk.parameters(), *agent.critic.parameters()]
+    optimizer = torch.optim.Adam([{"params": parameters(agent)}, {"params": critic}], 1e-2)
+    batch = batch_of(agent, 40)
+    batch["weights"] = batch["advantages"]
+    for _ in range(2):
+        for step, moves in ((baseline.update, "actor"), (baseline.fit_values, "critic")):
+            before = {name: p.clone() for name, p in agent.state_dict().items()}
+            step(agent, optimizer, baseline.Args(num_envs=4, value_batch_size=10), batch)
+            assert all(torch.equal(p, before[n]) != n.startswith(moves) for n, p in agent.state_dict().items())
+
+
 def test_the_reported_value_loss_is_the_mean_over_the_fit():
     agent, batch = agents(trpo)[0], batch_of(agents(trpo)[0], 40)
     args = trpo.Args(num_envs=4, num_steps=10, value_epochs=3, value_batch_size=10)
@@ -422,11 +436,10 @@ def test_the_reported_value_loss_is_the_mean_over_the_fit():
 def test_a_batch_in_pieces_has_the_gradient_of_the_whole():
     one, other = agents(baseline, a2c)
     batch = batch_of(one, 5000)
+    batch["weights"] = batch["advantages"]
     args = baseline.Args(num_envs=8, norm_adv=True)
-    figures = baseline.update(
-        one, torch.optim.SGD([*one.actor_trunk.parameters(), *one.actor.parameters()], 0.1), args, batch
-    )
-    weights = (batch["advantages"] - batch["advantages"].mean()) / batch["advantages"].std(correction=0)
+    figures = baseline.update(one, torch.optim.SGD(parameters(one), 0.1), args, batch)
+    weights = (batch["weights"] - batch["weights"].mean()) / batch["weights"].std(correction=0)
     log_probs = other(batch["obs"])[0].log_softmax(-1)
     loss = -(log_probs[range(5000), batch["actions"]] * weights).sum() / 8
     loss.backward()
