@@ -60,19 +60,24 @@ def final_table(folders: list[Path]) -> str:
     return "\n".join(lines)
 
 
-def mario_table(folder: Path, every: int = 200_000) -> str:
-    """The last 100 training episodes, whose actions are drawn from the policy, at each multiple of `every` steps."""
-    _, rows = load(folder)
-    episodes = [row for row in rows if "charts/flag" in row]
-    entropy = [row for row in rows if "losses/entropy" in row]
-    lines = ["| agent steps | minutes | flag | mean x | return | entropy |", "|---|---|---|---|---|---|"]
-    for step in range(every, rows[-1]["global_step"] + every // 2, every):
-        recent = [row for row in episodes if row["global_step"] <= step][-100:]
-        update = [row for row in entropy if row["global_step"] <= step][-1]
-        mean = {key: statistics.mean(row[f"charts/{key}"] for row in recent) for key in ("flag", "x_pos")}
-        paid = statistics.mean(row["charts/episodic_return"] for row in recent)
-        flag, x, minutes = f"{mean['flag']:.0%}", f"{mean['x_pos']:,.0f}", f"{update['time'] / 60:.0f}"
-        lines.append(f"| {step:,} | {minutes} | {flag} | {x} | {paid:,.0f} | {update['losses/entropy']:.2f} |")
+def mario_table(folders: list[Path], every: int = 200_000) -> str:
+    """The last 100 training episodes, whose actions are drawn from the policy, at each multiple of `every` steps; what
+    stands between slashes is one seed each."""
+    runs = [load(folder) for folder in folders]
+    seeds = " / ".join(str(config["seed"]) for config, _ in runs)
+    lines = [f"| agent steps | flag, seed {seeds} | mean x | return | entropy | minutes |", "|---|---|---|---|---|---|"]
+    for step in range(every, runs[0][1][-1]["global_step"] + every // 2, every):
+        cells = []
+        for _, rows in runs:
+            before = [row for row in rows if row["global_step"] <= step]
+            recent = [row for row in before if "charts/flag" in row][-100:]
+            update = [row for row in before if "losses/entropy" in row][-1]
+            flag, x, paid = (
+                statistics.mean(row[f"charts/{key}"] for row in recent) for key in ("flag", "x_pos", "episodic_return")
+            )
+            entropy, minutes = f"{update['losses/entropy']:.2f}", f"{update['time'] / 60:.0f}"
+            cells.append((f"{flag:.0%}", f"{x:,.0f}", f"{paid:,.0f}", entropy, minutes))
+        lines.append(f"| {step:,} | {' | '.join(' / '.join(column) for column in zip(*cells, strict=True))} |")
     return "\n".join(lines)
 
 
@@ -120,7 +125,7 @@ def tables() -> dict[str, str]:
     mario = [path for path in folders if path.name.startswith("SuperMarioBros-1-1") and path.name.endswith("__1")]
     found = {"Last evaluations": final_table(folders)}
     found["Mario, the first 300,000 steps of training, seed 1"] = mario_ladder(mario)
-    (ppo,) = (path for path in mario if path.name.endswith("__ppo__1"))
+    ppo = [path for path in folders if path.name.startswith("SuperMarioBros-1-1-v0__ppo")]
     return found | {"Mario, PPO": mario_table(ppo), "Cartpole swing-up, DreamerV3": control_table()}
 
 
