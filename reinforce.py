@@ -55,7 +55,8 @@ epsilon costs sigma^2 / epsilon^2 episodes.
         --eval-episodes 100
 
 Measured on 2 x86-64 cores without a GPU (flags, commits and curves in benchmark/results): CartPole-v1 returns 490, 500,
-500, 500 and 484 over 100 episodes for seeds 1 to 5.
+500, 500 and 484 over 100 episodes for seeds 1 to 5. Super Mario Bros 1-1, seed 1, 300,000 steps: mean x = 879 over the
+last 100 episodes, two flags in all 2,724. With --learning-rate 1e-3 the policy froze before step 20,000, at x = 314.
 
 Williams 1992, doi 10.1007/BF00992696; Sutton & Barto 2018, chapter 13; Mnih et al. 2015, doi 10.1038/nature14236 (the
 images).
@@ -104,7 +105,7 @@ class Args:
     total_timesteps: int = 2_000_000  # agent steps to train for, all environments together
     num_envs: int = 16  # environments played in parallel, one whole episode each per update
     num_threads: int = 0  # threads that step them; 0: one more than cores for images, one for vectors
-    learning_rate: float = 1e-3  # step size of the optimiser
+    learning_rate: float = 2.5e-4  # step size of the optimiser
     gamma: float = 0.9  # discount factor
     eval_episodes: int = 20  # episodes per evaluation
     eval_every: int = 100_000  # agent steps between evaluations; 0: only at the end
