@@ -1,5 +1,6 @@
 """What a user meets: flags, files, mistakes, interruptions. Every test runs on every script."""
 
+import contextlib
 import importlib
 import io
 import itertools
@@ -401,39 +402,46 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint(script, tmp_path, mo
     assert script.load(path) == state
 
 
-@pytest.fixture
-def room():
-    """room(size): from now on no file grows beyond size bytes, as on a full disk."""
+def room(size):
+    """From now on no file grows beyond size bytes, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@contextlib.contextmanager
+def room_restored():
+    """Before pytest, too, writes to a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size, sentence", [(0, "cannot be written to"), (2048, "cannot hold a run")])
-def test_a_full_disk_gets_one_sentence(script, call, tmp_path, capsys, room, size, sentence):
-    room(size)
-    assert call(script, *tiny(script), "--run-dir", tmp_path / "run") == 2
+def test_a_full_disk_gets_one_sentence(script, call, tmp_path, capsys, size, sentence):
+    with room_restored():
+        room(size)
+        assert call(script, *tiny(script), "--run-dir", tmp_path / "run") == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and sentence in err
 
 
 @pytest.mark.parametrize("save_every", [1, 0])
 def test_a_disk_that_fills_up_costs_no_more_than_the_steps_since_the_last_checkpoint(
-    script, call, tmp_path, capsys, monkeypatch, room, save_every
+    script, call, tmp_path, capsys, monkeypatch, save_every
 ):
     """With --save-every 0 it is a line of metrics.jsonl that finds no room, else a checkpoint."""
-    run, reset, largest = tmp_path / "run", script.Envs.reset, resource.RLIM_INFINITY
-    monkeypatch.setattr(script.Envs, "reset", lambda envs, seed: (room(2048), reset(envs, seed)))
+    run, reset = tmp_path / "run", script.Envs.reset
     flags = "--total-timesteps", 320, "--eval-every", 0, "--save-every", save_every
-    assert call(script, *tiny(script), *flags, "--run-dir", run) == 1
+    with room_restored(), monkeypatch.context() as patch:
+        patch.setattr(script.Envs, "reset", lambda envs, seed: (room(2048), reset(envs, seed)))
+        assert call(script, *tiny(script), *flags, "--run-dir", run) == 1
     out, err = capsys.readouterr()
     assert "cannot be written; is the disk full?); all is kept" in out and "as of step 0." in out
     assert err == "" and "OSError" in (run / "error.txt").read_text()
     assert ("metrics.jsonl cannot be written" in (run / "error.txt").read_text()) == (save_every == 0)
     metrics(run)  # parses every line: none is torn
     assert not list(run.rglob("*.tmp"))
-    monkeypatch.setattr(script.Envs, "reset", reset)
-    room(largest)
     assert call(script, "--resume", run, "--total-timesteps", 64) == 0
 
 
