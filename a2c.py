@@ -590,7 +590,7 @@ class Run:
     def write(self, figures: dict, video: Path | None = None) -> None:
         figures = {"global_step": self.global_step, "time": round(time.time() - self.began, 3), **figures}
         line, end = json.dumps(figures).encode() + b"\n", self.file.tell()
-        if self.file.write(line) < len(line):
+        if self.file.write(line) < len(line):  # a full disk takes a part of it
             self.file.truncate(end)
             raise OSError(f"{self.file.name} cannot be written; is the disk full?")
         if self.wandb:

@@ -568,7 +568,7 @@ class Run:
     def write(self, figures: dict, video: Path | None = None) -> None:
         figures = {"global_step": self.global_step, "time": round(time.time() - self.began, 3), **figures}
         line, end = json.dumps(figures).encode() + b"\n", self.file.tell()
-        if self.file.write(line) < len(line):
+        if self.file.write(line) < len(line):  # a full disk takes a part of it
             self.file.truncate(end)
             raise OSError(f"{self.file.name} cannot be written; is the disk full?")
         if self.wandb:
@@ -705,8 +705,7 @@ def main() -> None:
         return play(agent, args)
     policy = [*agent.actor_trunk.parameters(), *agent.actor.parameters()]
     critic = [*([] if envs.image else agent.critic_trunk.parameters()), *agent.critic.parameters()]
-    groups = [{"params": policy, "lr": args.learning_rate}, {"params": critic, "lr": args.value_learning_rate}]
-    optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam([{"params": policy}, {"params": critic}], eps=1e-5, fused=True)
     scaler = RewardScaler(args.num_envs, args.gamma)
     learn_threads = 1  # one step is too little work to share
     to_device = functools.partial(torch.as_tensor, device=device)

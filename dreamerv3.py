@@ -401,6 +401,7 @@ class Replay:
             name: torch.empty(shape + s, dtype=dtype, device=device) for name, (s, dtype) in columns.items()
         }
         self.count, self.saved = 0, 0  # records of each stream so far, and how many of them are on the disk
+        self.dropped = 0  # those that a smaller replay had overwritten before this run was resumed
         self.owed = 1.0  # updates that are due
         self.online, self.files = deque(), []
 
@@ -418,7 +419,7 @@ class Replay:
 
     @property
     def oldest(self) -> int:
-        return max(0, self.count - self.length)
+        return max(self.dropped, self.count - self.length)
 
     @property
     def ready(self) -> bool:
@@ -460,11 +461,13 @@ class Replay:
         rows = self.rows(self.oldest, self.count)
         save(self.folder / files[-1], {name: self.columns[name][rows].cpu() for name in LATENT})
         self.saved, self.files = self.count, files
-        return {"count": self.count, "owed": self.owed, "online": list(self.online), "files": files}
+        state = {"count": self.count, "oldest": self.oldest, "owed": self.owed, "files": files}
+        return state | {"online": list(self.online)}
 
     def load_state_dict(self, state: dict) -> None:
         """Read back what state_dict has written; what --replay-size has no room for any more is left out."""
-        self.count, self.owed, self.files = state["count"], state["owed"], state["files"]
+        self.count, self.dropped = state["count"], state["oldest"]
+        self.owed, self.files = state["owed"], state["files"]
         self.online, self.saved = deque(map(tuple, state["online"])), self.count
         for name in self.files:
             try:
@@ -1184,7 +1187,7 @@ class Run:
     def write(self, figures: dict, video: Path | None = None) -> None:
         figures = {"global_step": self.global_step, "time": round(time.time() - self.began, 3), **figures}
         line, end = json.dumps(figures).encode() + b"\n", self.file.tell()
-        if self.file.write(line) < len(line):
+        if self.file.write(line) < len(line):  # a full disk takes a part of it
             self.file.truncate(end)
             raise OSError(f"{self.file.name} cannot be written; is the disk full?")
         if self.wandb:
@@ -1335,6 +1338,8 @@ def main() -> None:
     rewards, (first, last, terminal) = np.zeros(args.num_envs, np.float32), np.zeros((3, args.num_envs), bool)
 
     with Run(args, state, device, learn_threads, agent=agent, optimizer=optimizer, replay=replay) as run:
+        # flags win over what a checkpoint brought
+        optimizer.param_groups[0] |= {"lr": args.learning_rate, "warmup": args.warmup, "agc": args.agc}
         envs.reset([args.seed, 0, run.global_step])  # a resumed run meets new episodes
         latent, first[:] = agent.initial(args.num_envs), True
         while run.global_step < args.last_step:

@@ -558,7 +558,7 @@ class Run:
     def write(self, figures: dict, video: Path | None = None) -> None:
         figures = {"global_step": self.global_step, "time": round(time.time() - self.began, 3), **figures}
         line, end = json.dumps(figures).encode() + b"\n", self.file.tell()
-        if self.file.write(line) < len(line):
+        if self.file.write(line) < len(line):  # a full disk takes a part of it
             self.file.truncate(end)
             raise OSError(f"{self.file.name} cannot be written; is the disk full?")
         if self.wandb:
@@ -695,8 +695,7 @@ def main() -> None:
         return play(agent, args)
     policy = [*agent.actor_trunk.parameters(), *agent.actor.parameters()]
     critic = [*agent.critic_trunk.parameters(), *agent.critic.parameters()]
-    groups = [{"params": policy, "lr": args.learning_rate}, {"params": critic, "lr": args.value_learning_rate}]
-    optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)  # a step moves the group that has a gradient
+    optimizer = torch.optim.Adam([{"params": policy}, {"params": critic}], eps=1e-5, fused=True)
     learn_threads = cores() if envs.image and device.type == "cpu" else 1
     to_device = functools.partial(torch.as_tensor, device=device)
 
@@ -705,6 +704,7 @@ def main() -> None:
         while run.global_step < args.last_step:
             lr = args.learning_rate * (run.remaining if args.anneal_lr else 1)
             optimizer.param_groups[0]["lr"] = lr
+            optimizer.param_groups[1]["lr"] = args.value_learning_rate  # a step moves the group that has a gradient
 
             # act: every environment plays one whole episode, so short ones do not crowd out long ones
             steps, playing = [], np.ones(args.num_envs, bool)

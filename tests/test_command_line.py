@@ -355,6 +355,22 @@ def wait_for(process, condition, seconds=90):
         time.sleep(0.02)
 
 
+def test_flags_given_with_resume_win_over_saved_ones(script, call, tmp_path):
+    """Also those that the optimiser keeps in its state."""
+    run, own = tmp_path / "run", vars(script.Args())
+    assert call(script, *tiny(script), "--run-dir", run) == 0
+    names = [name for name in ("value_learning_rate", "warmup", "agc") if name in own]
+    flags = ["--learning-rate", 0.001, *(["--no-anneal-lr"] if "anneal_lr" in own else [])]
+    for name in names:
+        flags += [f"--{name.replace('_', '-')}", 2 if name == "warmup" else 0.002]
+    assert call(script, "--resume", run, "--total-timesteps", 128, *flags) == 0
+    groups = script.load(run / "checkpoint.pt")["optimizer"]["param_groups"]
+    rates = [0.001, 0.002] if "value_learning_rate" in names else [0.001]
+    assert [group["lr"] for group in groups] == rates
+    if script.SCRIPT == "dreamerv3":
+        assert groups[0]["warmup"] == 2 and groups[0]["agc"] == 0.002
+
+
 @pytest.mark.parametrize("name", ["reinforce", "ppo", "dreamerv3"])
 def test_kill_at_random_moments(name, tmp_path):
     """KILLS=30 repeats it as often as one likes. The other scripts share every line that saves and loads."""

@@ -646,6 +646,24 @@ def test_a_saved_replay_is_read_back_bit_for_bit_and_a_kill_between_loses_nothin
     assert torch.equal(small.columns["vector"][rows], again.columns["vector"][again.rows(small.oldest, small.count)])
 
 
+def test_a_longer_replay_serves_only_what_the_shorter_one_still_had(tmp_path):
+    """As when a run that is over goes on with more --total-timesteps."""
+    short = replay_of(tmp_path)  # 20 records of each stream
+    fill(short, 34)
+    long = replay_of(tmp_path, total=600)
+    for column in long.columns.values():
+        column.fill_(1)  # whatever the memory held
+    long.load_state_dict(short.state_dict())
+    for steps in (0, 5, 300):
+        fill(long, steps)
+        oldest = 14 if steps < 300 else long.count - 200
+        assert long.oldest == oldest
+        for _ in range(200):
+            rows, streams = long.sample()
+            window = long.columns["vector"][rows, streams]
+            assert (window.diff(dim=0) == 100).all() and window.min() >= 100 * oldest
+
+
 def test_only_what_is_new_is_written(tmp_path):
     replay = replay_of(tmp_path, total=30_000)
     fill(replay, 1000)
