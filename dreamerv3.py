@@ -929,8 +929,10 @@ def update(agent: Agent, optimizer: LaProp, args: Args, columns: dict, rows, str
     losses["grad_norm"] = optimizer.step()
     slow, fast = ([p.detach() for p in critic.parameters()] for critic in (agent.slow_critic, agent.critic))
     torch._foreach_lerp_(slow, fast, args.slow_rate)
-    columns["deter"][rows[1:], streams] = deter.detach()
-    columns["stoch"][rows[1:], streams] = stoch.detach().unflatten(-1, (LATENTS, -1)).argmax(-1).to(torch.uint8)
+    classes = stoch.detach().unflatten(-1, (LATENTS, -1)).argmax(-1).to(torch.uint8)
+    for b in range(streams.shape[1]):  # one after the other: where windows overlap, the later one wins as a whole
+        where = rows[1:, b], streams[:, b]
+        columns["deter"][where], columns["stoch"][where] = deter[:, b].detach(), classes[:, b]
     return {f"losses/{name}": loss.detach() for name, loss in losses.items()} | {"charts/learning_rate": rate}
 
 

@@ -469,9 +469,9 @@ def test_the_slow_critic_follows():
         torch.testing.assert_close(slow, 0.98 * before[name] + 0.02 * agent.critic.state_dict()[name])
 
 
-def one_update(agent, columns=None, **flags):
+def one_update(agent, columns=None, streams=(0, 1, 2), **flags):
     columns = columns or batch_of(agent)
-    rows, streams = torch.arange(7)[:, None].expand(7, 3), torch.arange(3)[None]
+    rows, streams = torch.arange(7)[:, None].expand(7, len(streams)), torch.tensor([streams])
     optimizer = d.LaProp([p for p in agent.parameters() if p.requires_grad], 1e-3, 0, 0.3)
     torch.manual_seed(1)
     return d.update(agent, optimizer, d.Args(horizon=3, **flags), columns, rows, streams)
@@ -495,6 +495,21 @@ def test_an_update_refreshes_the_latent_states_that_it_replayed():
     torch.testing.assert_close(columns["deter"][1:], deter)
     assert torch.equal(columns["stoch"][1:], stoch.view(6, 3, 32, 4).argmax(-1).to(torch.uint8))
     assert torch.equal(columns["deter"][0], before)
+
+
+def test_where_windows_overlap_the_later_one_is_kept_as_a_whole():
+    """Two threads that write the same row at a time would leave a mixture of both, another one each time."""
+    agent, other, streams = agent_of(), agent_of(), [0, 1, 2] * 20
+    columns, windows = batch_of(agent), {name: column[:, streams] for name, column in batch_of(agent).items()}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    torch.manual_seed(1)
+    deter, stoch, _ = d.observe(other, windows)
+    one_update(agent, columns, streams)
+    torch.set_num_threads(threads)
+    assert not torch.equal(deter[:, -3:], deter[:, :3])
+    torch.testing.assert_close(columns["deter"][1:], deter[:, -3:])
+    assert torch.equal(columns["stoch"][1:], stoch[:, -3:].view(6, 3, 32, 4).argmax(-1).to(torch.uint8))
 
 
 # ---- optimiser
