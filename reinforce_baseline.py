@@ -102,7 +102,7 @@ class Args:
     log_every: int = 1_000  # agent steps between lines of losses, each the mean of the updates since the last
     run_dir: str = ""  # folder of the run; empty: runs/<env>__<script>__<seed>__<time>
     resume: str = ""  # folder of a run to continue
-    evaluate: str = ""  # checkpoint to play, without training
+    evaluate: str = ""  # checkpoint to play, or folder of a run, without training
     capture_video: bool = False  # record the first episode of each evaluation
     track: bool = False  # send metrics and videos to Weights & Biases
     wandb_project_name: str = "rl-ladder"  # project to track the run in
@@ -150,8 +150,12 @@ def parse() -> tuple[Args, dict]:
     if args.resume and args.evaluate:
         fail(f"--resume {args.resume} and --evaluate {args.evaluate} cannot work together; leave one out.")
     if args.resume or args.evaluate:
-        state = load(Path(args.evaluate or f"{args.resume}/checkpoint.pt"))
+        file = Path(args.evaluate or f"{args.resume}/checkpoint.pt")
+        if file.is_dir():
+            file /= "best.pt" if (file / "best.pt").exists() else "checkpoint.pt"
+        state = load(file)
         args = tyro.cli(Args, description=description, default=Args(**state["args"]))  # given flags win over saved ones
+        args.evaluate = args.evaluate and str(file)
         saved = state["args"]["env"]
         if args.env != saved:
             fail(f"--env {args.env} does not fit the checkpoint, which is of --env {saved}; leave it out.")
@@ -210,7 +214,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             importlib.import_module(module)
         if name not in gym.registry:
             near = difflib.get_close_matches(name, gym.registry, 4, 0.4)
-            fail(f"--env {env_id} is unknown; the nearest ids are: {', '.join(near) or 'none'}.")
+            others = f"one of another package is written package:{name}"
+            fail(f"--env {env_id} is unknown; {others}, the nearest known ids are: {', '.join(near) or 'none'}.")
         render = {"render_mode": render_mode} if render_mode else {}  # an environment need not know the word
         env = gym.make(name, disable_env_checker=True, **render)
     except Exception as error:
@@ -434,6 +439,7 @@ def eval_envs(args: Args) -> Envs:
 
 def play(agent: Agent, args: Args) -> None:
     """--evaluate: play a checkpoint and say how it did."""
+    torch.set_num_threads(1)  # as in Run
     path = Path(args.evaluate)
     video = path.parent / "videos" / f"{path.stem}.mp4" if args.capture_video else None
     r = evaluate(agent, eval_envs(args), args.eval_episodes, args.seed, video)
@@ -514,7 +520,8 @@ class Run:
         self.clock, self.shown, self.sps = (time.time(), self.global_step), time.time(), 0.0
         self.recent, self.figures, self.wandb = deque(maxlen=100), [], None
         total, hidden = args.total_timesteps, not sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=self.global_step, unit=" steps", disable=hidden, dynamic_ncols=True)
+        look = {"unit": " steps", "smoothing": 0, "dynamic_ncols": True}  # the mean speed, updates included
+        self.bar = tqdm(total=total, initial=self.global_step, disable=hidden, **look)
         if args.track:
             import wandb
 
@@ -526,6 +533,7 @@ class Run:
             self.tracker.define_metric("*", step_metric="global_step")
 
     def __enter__(self):
+        torch.set_num_threads(1)  # threads of torch beside those that step environments slow both down many times
         self.signal, self.updating = None, False
         signal.signal(signal.SIGINT, self.interrupt)
         signal.signal(signal.SIGTERM, self.interrupt)
@@ -542,6 +550,8 @@ class Run:
         first, self.signal = self.signal is None, number
         if first and not self.updating:
             raise KeyboardInterrupt
+        if first:
+            os.write(1, b"\nThe run stops when this update is whole.\n")  # print could be in the middle of a line
 
     def mark(self) -> None:
         """Remember the point to which a resumed run goes back: the weights have changed and nothing else since."""
@@ -653,14 +663,13 @@ class Run:
         if self.wandb:
             self.tracker.finish()
         command = f"{'uv run' if 'UV' in os.environ else 'python'} {sys.argv[0]}"
-        played = "best.pt" if (self.dir / "best.pt").exists() else "checkpoint.pt"
         kept = load(self.dir / "checkpoint.pt")["global_step"]
         print(f"The run {ending}; all is kept in {self.dir} as of step {kept:,}.")
         if code == 1:
             print(f"What failed, in full: {self.dir / 'error.txt'}")
         if code:
             print(f"Continue it: {command} --resume {self.dir}")
-        print(f"Watch it: {command} --evaluate {self.dir / played} --capture-video")
+        print(f"Watch it: {command} --evaluate {self.dir} --capture-video")
         sys.exit(code)
 
 
@@ -675,8 +684,10 @@ def set_up(args: Args) -> tuple[torch.device, Envs, Agent]:
     elif not args.cuda and torch.cuda.is_available():
         print("A CUDA device was found; --cuda would use it.")
     torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # threads of torch beside those that step environments slow both down many times
     envs = Envs(args.env, 1 if args.evaluate else args.num_envs, args.num_threads)
+    if args.capture_video and "rgb_array" not in envs.envs[0].metadata.get("render_modes", []):
+        print(f"--capture-video: {args.env} cannot draw itself; going on without videos.")
+        args.capture_video = False
     fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
     dtype = torch.bfloat16 if envs.image and fast else torch.float32
     agent = Agent(envs.obs.shape[1:], envs.num_actions, envs.image, dtype)
@@ -696,7 +707,7 @@ def main() -> None:
     policy = [*agent.actor_trunk.parameters(), *agent.actor.parameters()]
     critic = [*agent.critic_trunk.parameters(), *agent.critic.parameters()]
     optimizer = torch.optim.Adam([{"params": policy}, {"params": critic}], eps=1e-5, fused=True)
-    learn_threads = cores() if envs.image and device.type == "cpu" else 1
+    learn_threads = torch.get_num_threads() if envs.image and device.type == "cpu" else 1
     to_device = functools.partial(torch.as_tensor, device=device)
 
     with Run(args, state, device, learn_threads, agent=agent, optimizer=optimizer) as run:

@@ -5,7 +5,8 @@
 """From recorded runs to figures.
 
     uv run benchmark/curves.py                             # every figure of the README, into images/
-    uv run benchmark/curves.py runs/a runs/b               # your own runs: return (and flag, x) into curves.svg
+    uv run benchmark/curves.py runs/a runs/b               # your own runs: return (and flag, x) into curves.svg;
+                                                           # those that differ only in their seeds become one curve
 
 The README's figures are drawn from benchmark/results and from nothing else. Each is drawn twice, for light and for dark
 pages. Curves are means over the last episodes of training, whose actions are drawn from the policy, at every point of
@@ -19,13 +20,15 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-from record import LADDER, RESULTS, load
+from record import LADDER, RESULTS, default_speeds, load
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "images"
 MARIO = "SuperMarioBros-1-1-v0"
 COLOURS = dict(zip(LADDER, ["#999999", "#CC79A7", "#D55E00", "#E69F00", "#009E73", "#0072B2", "#56B4E9"], strict=True))
 LABELS = {script: script.replace("_", " + ") if "baseline" in script else script for script in LADDER}
+UNLIKE = "seed run_dir resume num_threads eval_episodes eval_every save_every log_every capture_video track".split()
+UNLIKE += "wandb_project_name wandb_entity versions device commit".split()
 MODES = {"light": ("#24292f", "#d0d7de"), "dark": ("#e6edf3", "#3d444d")}  # ink and grid
 
 
@@ -48,17 +51,16 @@ def recent(rows: list[dict], key: str, points: np.ndarray, axis: str = "global_s
     return np.where(points > max(row[axis] for row in rows) * 1.02, np.nan, means)
 
 
-def draw(panel, runs: list[list[dict]], key: str, points, script: str, axis="global_step", window=100) -> None:
-    """The mean over the seeds, and a band from the lowest to the highest."""
+def draw(panel, runs: list[list[dict]], key: str, points, name: str, axis="global_step", window=100) -> None:
+    """The mean over the seeds, and a band from the lowest to the highest, as far as all of them go."""
     if runs:
         curves = np.array([recent(rows, key, points, axis, window) for rows in runs])
         known = ~np.isnan(curves).any(0)
-        colour = COLOURS[script]
-        panel.plot(points[known], curves[:, known].mean(0), color=colour, label=LABELS[script], linewidth=1.6)
+        look = {"color": COLOURS.get(name), "label": LABELS.get(name, name), "linewidth": 1.6}
+        (line,) = panel.plot(points[known], curves[:, known].mean(0), **look)
         if len(runs) > 1:
-            panel.fill_between(
-                points[known], curves[:, known].min(0), curves[:, known].max(0), color=colour, alpha=0.2, lw=0
-            )
+            low, high = curves[:, known].min(0), curves[:, known].max(0)
+            panel.fill_between(points[known], low, high, color=line.get_color(), alpha=0.2, lw=0)
 
 
 def thousands(panel) -> None:
@@ -77,17 +79,21 @@ def cartpole(mode: str):
 
 
 def mario(mode: str):
-    """All scripts on level 1-1, one seed of each."""
-    figure, panel = plt.subplots(figsize=(6, 3.8))
-    points = np.linspace(5_000, 300_000, 150)
+    """All scripts on level 1-1, one seed of each, by steps and by the minutes that these take at the measured speed."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.8), sharey=True)
+    points, speeds = np.linspace(5_000, 300_000, 150), default_speeds()
     for script in LADDER:
-        draw(panel, recorded(MARIO, script)[:1], "charts/x_pos", points, script)
-    panel.set(xlabel="agent steps", ylabel="mean x, last 100 episodes", title="Super Mario Bros 1-1, seed 1")
-    panel.set_ylim(0, 3300)
-    panel.axhline(3161, color="gray", linestyle=":", linewidth=1)
-    panel.annotate("flag", (2_000, 3161), textcoords="offset points", xytext=(0, -11), fontsize=9)
-    thousands(panel)
-    return figure, panel
+        runs = recorded(MARIO, script)[:1]
+        draw(left, runs, "charts/x_pos", points, script)
+        timed = [[row | {"minutes": row["global_step"] / speeds[script] / 60} for row in rows] for rows in runs]
+        draw(right, timed, "charts/x_pos", points / speeds[script] / 60, script, "minutes")
+    left.set(xlabel="agent steps", ylabel="mean x, last 100 episodes", ylim=(0, 3300))
+    right.set(xlabel="minutes", xlim=(0, 60))
+    for panel in (left, right):
+        panel.axhline(3161, color="gray", linestyle=":", linewidth=1)
+    left.annotate("flag", (2_000, 3161), textcoords="offset points", xytext=(0, -11), fontsize=9)
+    thousands(left)
+    return figure, left
 
 
 def mario_ppo(mode: str):
@@ -128,9 +134,15 @@ def trpo(mode: str):
     figure, (left, right) = plt.subplots(1, 2, figsize=(6.5, 3.2))
     rows = [row for row in recorded(MARIO, "trpo")[0] if "losses/kl" in row]
     steps, ink = np.array([row["global_step"] for row in rows]), MODES[mode][0]
-    for tried in sorted({round(row["losses/line_search_steps"]) for row in rows}):
+    tries = sorted({round(row["losses/line_search_steps"]) for row in rows})
+    for tried in tries:
         of = np.array([round(row["losses/line_search_steps"]) == tried for row in rows])
-        dots = {"linestyle": "", "marker": ".", "markersize": 4, "color": plt.get_cmap("viridis_r")(0.2 + tried / 6)}
+        dots = {
+            "linestyle": "",
+            "marker": ".",
+            "markersize": 4,
+            "color": plt.get_cmap("viridis_r")(0.2 + 0.8 * (tried - 1) / max(tries)),
+        }
         label = f"{tried} line search steps: {of.sum()}"
         left.plot(steps[of], [row["losses/kl"] for row, ok in zip(rows, of, strict=True) if ok], **dots, label=label)
         chosen = [row for row, ok in zip(rows, of, strict=True) if ok]
@@ -142,7 +154,7 @@ def trpo(mode: str):
     right.plot([0, 0.05], [0, 0.05], color=ink, linestyle=":", linewidth=1)
     right.set(xlabel="improvement, as promised", ylabel="improvement, in fact", xlim=(0, 0.055), ylim=(0, 0.055))
     outside = sum(max(row["losses/improvement"], row["losses/expected_improvement"]) > 0.055 for row in rows)
-    right.annotate(f"outside: {outside}", (0.002, 0.051), fontsize=9)
+    right.annotate(f"{outside} update{'s' * (outside != 1)} outside", (0.002, 0.051), fontsize=9)
     thousands(left)
     return figure, left
 
@@ -201,20 +213,27 @@ def save(figure, panel, path: Path) -> None:
 
 
 def own(folders: list[Path]) -> None:
-    """The return, and for Mario flag and x, of any runs, each by itself, by steps and by minutes."""
-    runs = {folder.name: load(folder)[1] for folder in folders}
+    """The return, and for Mario flag and x, of any runs, by steps and by minutes. Runs that differ in nothing but their
+    seed are one curve: their mean, and a band from the lowest to the highest."""
+    groups = {}
+    for folder in folders:
+        config, rows = load(folder)
+        flags = {name: flag for name, flag in config.items() if name not in UNLIKE}
+        rows = [row | {"minutes": row["time"] / 60} for row in rows]
+        groups.setdefault(json.dumps(flags, sort_keys=True), []).append((config["seed"], folder.name, rows))
     keys = ["charts/episodic_return", "charts/flag", "charts/x_pos"]
-    keys = [key for key in keys if any(key in row for rows in runs.values() for row in rows)]
+    keys = [key for key in keys if any(key in row for runs in groups.values() for *_, rows in runs for row in rows)]
     figure, panels = plt.subplots(len(keys), 2, figsize=(9, 3 * len(keys)), squeeze=False, sharey="row")
     for row, key in zip(panels, keys, strict=True):
-        for panel, axis in zip(row, ("global_step", "time"), strict=True):
-            for name, rows in runs.items():
-                points = np.linspace(0, rows[-1][axis], 300)
-                panel.plot(points, recent(rows, key, points, axis), label=name, linewidth=1.2)
-            panel.set_xlabel("agent steps" if axis == "global_step" else "minutes")
+        for panel, axis in zip(row, ("global_step", "minutes"), strict=True):
+            for runs in groups.values():
+                seeds, names, rows = zip(*runs, strict=True)
+                label = names[0] + (f" and its like, seeds {', '.join(map(str, seeds))}" if len(runs) > 1 else "")
+                points = np.linspace(0, max(metrics[-1][axis] for metrics in rows), 300)
+                draw(panel, rows, key, points, label, axis)
+            panel.set_xlabel("agent steps" if axis == "global_step" else axis)
         row[0].set_ylabel(key.partition("/")[2])
         thousands(row[0])
-        row[1].xaxis.set_major_formatter(lambda x, _: f"{x / 60:.0f}")
     save(figure, panels[0][0], Path("curves.svg"))
     print("curves.svg")
 

@@ -21,7 +21,9 @@ LADDER = ["reinforce", "reinforce_baseline", "actor_critic", "a2c", "trpo", "ppo
 
 def keep(run: Path, note: str = "") -> Path:
     config = json.loads((run / "config.json").read_text())
-    name = f"{config['env'].replace('/', '-')}__{config['script']}__{config['seed']}" + (f"__{note}" if note else "")
+    name = f"{config['env'].replace('/', '-').replace(':', '-')}__{config['script']}__{config['seed']}" + (
+        f"__{note}" if note else ""
+    )
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
     config["run_dir"] = run.name  # where it lay on that machine is nobody's business
@@ -81,11 +83,19 @@ def mario_table(folders: list[Path], every: int = 200_000) -> str:
     return "\n".join(lines)
 
 
+def default_speeds() -> dict[str, float]:
+    """Agent steps per second of each script on Mario, default flags, as benchmark/speed.py has measured them."""
+    results = json.loads((RESULTS / "speed_default.json").read_text())["results"]
+    of = {name.partition(": ")[2].removesuffix(".py"): rounds for name, rounds in results.items()}
+    return {script: statistics.median(rate for rate, _ in rounds) for script, rounds in of.items()}
+
+
 def mario_ladder(folders: list[Path], budget: int = 300_000) -> str:
     """What each script had shown after so many agent steps of training: all its episodes, and the last 100 of them."""
+    speeds = default_speeds()
     lines = [
-        "| script | agent steps | mean x | best x | flags, last 100 | flags, all | return | episodes |",
-        "|---|---|---|---|---|---|---|---|",
+        "| script | agent steps | mean x | best x | flags, last 100 | flags, all | return | episodes | steps/s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for folder in sorted(folders, key=lambda folder: LADDER.index(load(folder)[0]["script"])):
         config, rows = load(folder)
@@ -94,7 +104,8 @@ def mario_ladder(folders: list[Path], budget: int = 300_000) -> str:
         flags = [sum(row["charts/flag"] for row in some) for some in (recent, episodes)]
         x, paid = (statistics.mean(row[f"charts/{key}"] for row in recent) for key in ("x_pos", "episodic_return"))
         name = f"`{config['script']}.py` | {min(budget, round(rows[-1]['global_step'], -3)):,}"
-        lines.append(f"| {name} | {x:,.0f} | {best:,} | {flags[0]} | {flags[1]} | {paid:,.0f} | {len(episodes):,} |")
+        counts = f"{flags[0]} | {flags[1]} | {paid:,.0f} | {len(episodes):,} | {speeds[config['script']]:.0f}"
+        lines.append(f"| {name} | {x:,.0f} | {best:,} | {counts} |")
     return "\n".join(lines)
 
 

@@ -25,7 +25,8 @@ included, and for DreamerV3 gradient steps per second.
 Every contender runs in a process of its own, one after another, and the whole round is repeated, so that a slow minute
 of the machine falls on all of them. Steps per second are counted behind the first 1,024 steps; `start` is the time from
 the command until these have been played and learnt from. Both sides have 8 environments, the same network and the same
-amount of learning per step (FLAGS and SB3), and each library's own choice of threads. DreamerV3's update replays 16 x
+amount of learning per step (FLAGS and SB3), and each library's own choice of threads; the rows of "default flags" are
+the scripts as a user starts them, beside nobody. DreamerV3's update replays 16 x
 64 steps on both sides, with all cores; the first two are not counted. Run it on a quiet machine: what else runs is part
 of the result.
 """
@@ -85,6 +86,13 @@ CONTENDERS = {
     "CartPole: actor_critic.py": ("actor_critic.py", "CartPole-v1", 4096),
     "CartPole: reinforce_baseline.py": ("reinforce_baseline.py", "CartPole-v1", 40960),
     "CartPole: reinforce.py": ("reinforce.py", "CartPole-v1", 40960),
+    "Mario, default flags: reinforce.py": ("default reinforce.py", MARIO, 8192),
+    "Mario, default flags: reinforce_baseline.py": ("default reinforce_baseline.py", MARIO, 8192),
+    "Mario, default flags: actor_critic.py": ("default actor_critic.py", MARIO, 2048),
+    "Mario, default flags: a2c.py": ("default a2c.py", MARIO, 8192),
+    "Mario, default flags: trpo.py": ("default trpo.py", MARIO, 8192),
+    "Mario, default flags: ppo.py": ("default ppo.py", MARIO, 11264),
+    "Mario, default flags: dreamerv3.py": ("default dreamerv3.py", MARIO, 2048),
 }
 
 # name -> (kind, size, what is observed, gradient steps to time)
@@ -137,11 +145,13 @@ def rate(clock: list[tuple[int, float]]) -> tuple[float, float]:
     return (clock[-1][0] - first[0]) / (clock[-1][1] - first[1]), first[1]
 
 
-def ours(script: str, env: str, steps: int) -> tuple[float, float]:
+def ours(kind: str, env: str, steps: int) -> tuple[float, float]:
     """Run a script as a user does -> steps/s, seconds from the command to the end of the first 1,024 steps."""
+    default, _, script = kind.rpartition(" ")
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        flags = ["--env", env, *FLAGS[script].split(), *COMMON, "--total-timesteps", str(1024 + steps)]
+        flags = ["--env", env, *COMMON, "--total-timesteps", str(1024 + steps)]
+        flags += [] if default else FLAGS[script].split()
         began = time.time()
         subprocess.run([sys.executable, ROOT / script, *flags, "--run-dir", run], stdout=subprocess.DEVNULL, check=True)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -254,7 +264,6 @@ def dreamer(kind: str, size: str, sense: str, steps: str, cuda: str) -> None:
         action, latent = agent.act(obs, agent.initial(args.num_envs), torch.as_tensor(none, device=device))
         record = {**envs.obs, "reward": envs.rewards, "first": none, "last": none, "terminal": none}
         replay.add(record | {"action": action, "deter": latent[0], "stoch": stoch})
-    torch.set_num_threads(dreamerv3.cores())
 
     def learn(rows, streams):
         return dreamerv3.update(agent, optimizer, args, replay.columns, rows, streams)

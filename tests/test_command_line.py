@@ -48,7 +48,7 @@ def test_a_run_leaves_what_design_promises(script, call, tmp_path, capsys):
     assert any(key.startswith("losses/") for key in keys)
     last_lines = capsys.readouterr().out.splitlines()[-2:]
     assert str(run) in last_lines[0] and "finished" in last_lines[0]
-    assert f"--evaluate {run / 'best.pt'} --capture-video" in last_lines[1]
+    assert f"--evaluate {run} --capture-video" in last_lines[1]
 
 
 def test_default_run_dir_tells_env_script_seed(script, call, tmp_path, monkeypatch):
@@ -80,6 +80,25 @@ def test_mario_figures_and_a_video_in_which_things_move(script, call, tmp_path, 
         assert moves(run / "videos" / f"{name}.mp4", [256, 240])
         if script.SCRIPT == "dreamerv3":  # truth, dream and difference
             assert moves(run / "videos" / f"{name}-dream.mp4", [256, 768])
+
+
+def test_an_environment_that_cannot_draw_goes_without_videos(script, call, tmp_path, capsys):
+    run = tmp_path / "run"
+    for flags in ([*tiny(script), "--run-dir", run], ["--evaluate", run]):
+        assert call(script, *flags, "--capture-video") == 0
+        out, err = capsys.readouterr()
+        assert "--capture-video: probes:Clockwork-v0 cannot draw itself; going on without videos." in out
+        assert err == "" and not (run / "videos").exists()
+
+
+def test_a_runs_folder_stands_for_its_best_checkpoint(script, call, tmp_path, monkeypatch):
+    run, read, load = tmp_path / "run", [], script.load
+    assert call(script, *tiny(script), "--run-dir", run) == 0
+    monkeypatch.setattr(script, "load", lambda path: read.append(path) or load(path))
+    assert call(script, "--evaluate", run) == 0
+    (run / "best.pt").unlink()  # as long as nothing was evaluated
+    assert call(script, "--evaluate", run) == 0
+    assert read == [run / "best.pt", run / "checkpoint.pt"]
 
 
 def moves(path, size):
@@ -177,15 +196,16 @@ MISTAKES = {
     "--eval-every -1": "--eval-every -1 cannot work",
     "--save-every -1": "--save-every -1 cannot work",
     "--log-every -1": "--log-every -1 cannot work",
-    "--env CartPol-v1": "the nearest ids are: CartPole-v1",
+    "--env CartPol-v1": "the nearest known ids are: CartPole-v1",
+    "--env ALE/Pong-v5": "one of another package is written package:ALE/Pong-v5",
     "--env SuperMarioBros-9-1-v0": "SuperMarioBros-8-1-v0",
     "--env no.such.module:Thing-v0": "No module named 'no'",
     "--env probes:Nothing-v0": "--env probes:Nothing-v0 is unknown",
     "--resume nowhere": "There is no checkpoint nowhere",
     "--resume a --evaluate b": "cannot work together",
     "--run-dir config.json/run": "--run-dir config.json/run cannot be written to (Not a directory)",
-    "--env probes:OneStep-v0 --capture-video": "--env probes:OneStep-v0 cannot be made",
     "--evaluate nothing.pt": "There is no checkpoint nothing.pt",
+    "--evaluate .": "There is no checkpoint checkpoint.pt",
 }
 ROLLOUT = {
     "--num-steps 0": "--num-steps 0 cannot work",
@@ -237,7 +257,7 @@ OWN_MISTAKES = {
         "--env probes:Words-v0": "needs a Box or Dict space of fixed size where it has Sequence",
         "--total-timesteps 15": "it must be at least the 16 steps with which training begins",
         "--replay-size 15": "it must be at least the 16 steps with which training begins",
-        "--replay-size 2000000000 --total-timesteps 2000000000": "GB for 2,000,000,000 steps, but at most",
+        "--replay-size 2000000000 --total-timesteps 2000000000": "MB for 2,000,000,000 steps, but at most",
         "--train-ratio 0": "--train-ratio 0.0 cannot work",
         "--batch-size 0": "--batch-size 0 cannot work",
         "--batch-length 0": "--batch-length 0 cannot work",

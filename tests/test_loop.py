@@ -377,7 +377,7 @@ def test_actions_that_do_not_start_at_zero(rung, call, tmp_path):
 # ---- resume and evaluation
 
 
-def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(rung, call, monkeypatch, tmp_path):
+def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(rung, call, monkeypatch, tmp_path, capfd):
     """Clockwork's episodes end where batches end, so both runs meet the same episodes."""
     flags = [*short(rung.SCRIPT), "--total-timesteps", 320, "--eval-every", 64]
     assert call(rung, *flags, "--run-dir", tmp_path / "whole") == 0
@@ -393,6 +393,7 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(rung, call, monkey
 
     monkeypatch.setattr(rung, "update", interrupted)
     assert call(rung, *flags, "--run-dir", tmp_path / "cut") == 143
+    assert "The run stops when this update is whole." in capfd.readouterr().out
     batch = {"actor_critic": 2, "reinforce": 16, "reinforce_baseline": 16}.get(rung.SCRIPT, 32)
     assert rung.load(tmp_path / "cut" / "checkpoint.pt")["global_step"] == stop * batch
     assert call(rung, "--resume", tmp_path / "cut") == 0

@@ -71,7 +71,7 @@ def test_one_file_in_an_empty_folder(tmp_path):
     for name, (code, out, err) in together(commands, cwd=tmp_path, env=environ).items():
         assert code == 0, err
         assert metrics(tmp_path / f"run-{name}")[-1]["eval/episodes"] == 2
-        assert f"Watch it: uv run {name}.py --evaluate run-{name}/best.pt" in out
+        assert f"Watch it: uv run {name}.py --evaluate run-{name} --capture-video" in out
 
 
 def test_help_is_all_a_newcomer_needs():
