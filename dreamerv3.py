@@ -72,8 +72,8 @@ wrong is believed by the actor until real play corrects it.
 
 Measured on 2 x86-64 cores without a GPU (flags, commits and curves in benchmark/results), size 1m: CartPole-v1, seeds 1
 to 3, 20,000 steps: the best checkpoints return 500 over 100 episodes, the last ones 500, 500 and 194, as evaluations
-rise and fall on the way. Pendulum-v1, seed 1: -149 after 20,000 steps. Super Mario Bros 1-1, seed 1: mean x of the last
-100 episodes 791 after 12,000 steps, 488 after 41,000, no flag; the dreams show the level, but no goomba.
+rise and fall on the way. Pendulum-v1, seed 1: -149 after 20,000 steps. Super Mario Bros 1-1, seed 1: mean x 791 after
+12,000 steps (51 episodes), 488 over the last 100 after 41,000, no flag; the dreams show the level, but no goomba.
 
 Hafner, Pasukonis, Ba, Lillicrap 2025, doi 10.1038/s41586-025-08744-2 and arXiv 2301.04104 (DreamerV3), as the authors'
 later code has it, but for 1 % of uniform policy, which that code leaves out (--actor-unimix 0); Hafner et al. 2019,
