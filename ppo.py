@@ -56,7 +56,7 @@ What is still wrong: everything is learnt from real play, a step at a time, then
     uv run ppo.py --evaluate runs/<run> --eval-episodes 100 --capture-video
 
 Measured on 2 x86-64 cores without a GPU (curves, flags and commits in benchmark/results): CartPole-v1 returns 500 over
-100 episodes for seeds 1 to 5, after 11 s of running. LunarLander-v3 returns 275, 275 and 270 over 100 episodes for
+100 episodes for seeds 1 to 5, after 11 s of running. LunarLander-v3 returns 270, 273 and 265 over 100 episodes for
 seeds 1 to 3. Super Mario Bros 1-1, 2 million steps, seeds 1 and 2: 99 and 100 of the last 100 training episodes reached
 the flag, the best checkpoints reached it in 100 of 100, after 110 and 104 minutes.
 
