@@ -73,7 +73,7 @@ def test_mario_figures_and_a_video_in_which_things_move(script, call, tmp_path, 
     assert call(script, *flags) == 0
     evaluation = [row for row in metrics(run) if "eval/episodes" in row][-1]
     assert 0 <= evaluation["eval/flag_rate"] <= 1 and 40 < evaluation["eval/x_pos_mean"] < 3200
-    assert call(script, "--evaluate", run / "best.pt", "--capture-video") == 0
+    assert call(script, "--evaluate", run, "--capture-video") == 0
     told = capsys.readouterr().out.splitlines()[-2]
     assert all(word in told for word in ("2 episodes", "return", "flag", "x", "+-"))
     for name in (str(evaluation["global_step"]), "best"):
