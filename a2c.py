@@ -167,7 +167,7 @@ def parse() -> tuple[Args, dict]:
         fail(f"--resume {args.resume} and --evaluate {args.evaluate} cannot work together; leave one out.")
     if args.resume or args.evaluate:
         file = Path(args.evaluate or f"{args.resume}/checkpoint.pt")
-        if file.is_dir():
+        if file.is_dir():  # of a run: its best weights, or those that it has
             file /= "best.pt" if (file / "best.pt").exists() else "checkpoint.pt"
         state = load(file)
         args = tyro.cli(Args, description=description, default=Args(**state["args"]))  # given flags win over saved ones

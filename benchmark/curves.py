@@ -137,12 +137,8 @@ def trpo(mode: str):
     tries = sorted({round(row["losses/line_search_steps"]) for row in rows})
     for tried in tries:
         of = np.array([round(row["losses/line_search_steps"]) == tried for row in rows])
-        dots = {
-            "linestyle": "",
-            "marker": ".",
-            "markersize": 4,
-            "color": plt.get_cmap("viridis_r")(0.2 + 0.8 * (tried - 1) / max(tries)),
-        }
+        colour = plt.get_cmap("viridis_r")(0.2 + 0.8 * (tried - 1) / max(tries))
+        dots = {"linestyle": "", "marker": ".", "markersize": 4, "color": colour}
         label = f"{tried} line search steps: {of.sum()}"
         left.plot(steps[of], [row["losses/kl"] for row, ok in zip(rows, of, strict=True) if ok], **dots, label=label)
         chosen = [row for row, ok in zip(rows, of, strict=True) if ok]

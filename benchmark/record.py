@@ -21,9 +21,8 @@ LADDER = ["reinforce", "reinforce_baseline", "actor_critic", "a2c", "trpo", "ppo
 
 def keep(run: Path, note: str = "") -> Path:
     config = json.loads((run / "config.json").read_text())
-    name = f"{config['env'].replace('/', '-').replace(':', '-')}__{config['script']}__{config['seed']}" + (
-        f"__{note}" if note else ""
-    )
+    env = config["env"].replace("/", "-").replace(":", "-")
+    name = f"{env}__{config['script']}__{config['seed']}" + (f"__{note}" if note else "")
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
     config["run_dir"] = run.name  # where it lay on that machine is nobody's business

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -165,6 +166,67 @@ def test_the_tables_of_the_readme_are_what_was_recorded():
 
     for heading, table in record.tables().items():
         assert table in README, heading
+
+
+def test_the_speeds_of_the_readme_are_what_was_measured():
+    results = ROOT / "benchmark" / "results"
+    measured = {}
+    for section in json.loads((results / "speed.json").read_text()).values():
+        measured |= section["results"]  # later ones count
+    (updates,) = [v for k, v in json.loads((results / "speed_dreamer.json").read_text()).items() if "gradient" in k]
+    for name, rounds in (measured | updates).items():
+        group, form = name.split(":")[0], "{:.2f}" if name in updates else "{:,.0f}"
+        speeds = [figures[0] for figures in rounds]
+        middle, low, high = map(form.format, (statistics.median(speeds), min(speeds), max(speeds)))
+        row = f"| {name} | {middle} | {low} - {high} | "
+        mine = [rows for other, rows in (measured | updates).items() if other.startswith(group) and other[-3:] == ".py"]
+        if name[-3:] != ".py":
+            row += f"{statistics.median(figures[0] for figures in mine[0]) / statistics.median(speeds):.2f} x"
+        assert row in README, row
+
+
+def test_figures_in_the_prose_are_what_was_recorded():
+    sys.path.append(str(ROOT / "benchmark"))
+    import record
+
+    def run(name):
+        rows = record.load(record.RESULTS / f"SuperMarioBros-1-1-v0__{name}")[1]
+        return [row for row in rows if "charts/x_pos" in row], rows
+
+    def x(name, step):  # over the last 100 episodes
+        return round(statistics.mean([e["charts/x_pos"] for e in run(name)[0] if e["global_step"] <= step][-100:]))
+
+    prose = " ".join(README.split())
+    first, often = [], []
+    for seed in "12":
+        episodes, _ = run(f"ppo__{seed}")
+        flags = [episode["charts/flag"] for episode in episodes]
+        first.append(episodes[flags.index(1)])
+        often.append(next(e for i, e in enumerate(episodes) if sum(flags[max(0, i - 99) : i + 1]) >= 95))
+    steps, minutes = ([[e[key] for e in some] for some in (first, often)] for key in ("global_step", "time"))
+    minutes = [[f"{seconds / 60:.0f}" for seconds in some] for some in minutes]
+    text = f"The first flag came after {steps[0][0] / 1e3:.0f} and {steps[0][1] / 1e3:.0f} thousand steps "
+    text += (
+        f"({minutes[0][0]} and {minutes[0][1]} minutes), 95 flags in 100 episodes after {steps[1][0] / 1e6:.2f} and "
+    )
+    text += f"{steps[1][1] / 1e6:.2f} million ({minutes[1][0]} and {minutes[1][1]} minutes)."
+    promised = [row for row in run("trpo__1")[1] if "losses/kl" in row]
+    kept = [row["losses/improvement"] / row["losses/expected_improvement"] for row in promised]
+    for sentence in (
+        text,
+        f"a mean x of {x('reinforce__1', 1e5)} in 100,000 steps and of {x('reinforce__1', 3e5)} in 300,000",
+        f"x = {x('reinforce_baseline__1', 3e5)} with it, {x('reinforce__1', 3e5)} without",
+        f"the baseline holds out ({x('reinforce_baseline__1__lr1e-3', 3e5)})",
+        f"the first goomba (x = {x('reinforce__1__lr1e-3', 3e5)})",
+        f"actor-critic had {x('actor_critic__1', 15e4)} after 150,000 steps",
+        f"it falls to {x('actor_critic__1', 3e5)}",
+        f"promised {statistics.median(kept):.0%}".replace("%", " %"),
+        f"(mean x of its 51 episodes {x('dreamerv3__1', 12e3)};",
+        f"PPO's seeds {x('ppo__1', 12e3)} and {x('ppo__2', 12e3)})",
+        f"(last 100 episodes {x('dreamerv3__1', 41e3)}; {x('ppo__1', 41e3)} and {x('ppo__2', 41e3)})",
+        f"came to a mean x of {x('dreamerv3__1__12m_stopped', 4e4)}.",
+    ):
+        assert sentence in prose, sentence
 
 
 def test_the_code_of_a_chapter_stands_in_its_script():
