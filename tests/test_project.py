@@ -210,6 +210,13 @@ def test_figures_in_the_prose_are_what_was_recorded():
         f"({minutes[0][0]} and {minutes[0][1]} minutes), 95 flags in 100 episodes after {steps[1][0] / 1e6:.2f} and "
     )
     text += f"{steps[1][1] / 1e6:.2f} million ({minutes[1][0]} and {minutes[1][1]} minutes)."
+    fell = [[row for row in run(f"ppo__{seed}")[1] if row.get("eval/flag_rate", 1) < 0.95][-1] for seed in "12"]
+    fell = [(f"{row['eval/flag_rate'] * 100:.0f} %", f"step {row['global_step']:,}") for row in fell]
+    entropy = {
+        row["global_step"]: row["losses/entropy"] for row in run("actor_critic__1")[1] if "losses/entropy" in row
+    }
+    dreamer, last = run("dreamerv3__1")
+    at_goomba = sum(episode["charts/x_pos"] < 330 for episode in dreamer[-100:])
     promised = [row for row in run("trpo__1")[1] if "losses/kl" in row]
     kept = [row["losses/improvement"] / row["losses/expected_improvement"] for row in promised]
     for sentence in (
@@ -225,8 +232,31 @@ def test_figures_in_the_prose_are_what_was_recorded():
         f"PPO's seeds {x('ppo__1', 12e3)} and {x('ppo__2', 12e3)})",
         f"(last 100 episodes {x('dreamerv3__1', 41e3)}; {x('ppo__1', 41e3)} and {x('ppo__2', 41e3)})",
         f"came to a mean x of {x('dreamerv3__1__12m_stopped', 4e4)}.",
+        f"fell to {fell[0][0]} as late as {fell[0][1]} for seed 1, to {fell[1][0]} at {fell[1][1]} for seed 2",
+        f"as its policy froze (entropy {entropy[150000]:.1f}, in the end {entropy[300000]:.1f})",
+        f"it took {last[-1]['time'] / 60:.0f} minutes on one core",
+        f"In {at_goomba} of the last 100 episodes Mario walked into the first goomba",
     ):
         assert sentence in prose, sentence
+
+
+def test_returns_of_dreamer_beside_sheeprl_are_what_was_recorded():
+    sys.path.append(str(ROOT / "benchmark"))
+    import record
+
+    theirs = json.loads((record.RESULTS / "sheeprl_cartpole.json").read_text())["episodes, [step, return]"]
+    rows = {"sheeprl, seed 3": theirs}
+    for seed in "123":
+        metrics = record.load(record.RESULTS / f"CartPole-v1__dreamerv3__{seed}")[1]
+        episodes = [[row["global_step"], row.get("charts/episodic_return")] for row in metrics]
+        rows[f"here, seed {seed}"] = [episode for episode in episodes if episode[1] is not None]
+        evaluations = ", ".join(f"{row['eval/return_mean']:.0f}" for row in metrics if "eval/return_mean" in row)
+        assert f"seed {seed}: {evaluations}" in " ".join((record.RESULTS / "README.md").read_text().split())
+    for name, episodes in rows.items():
+        means = [
+            statistics.mean(r for step, r in episodes if end - 2000 < step <= end) for end in range(2000, 14001, 2000)
+        ]
+        assert f"| {name} | {' | '.join(f'{mean:.0f}' for mean in means)} |" in README, name
 
 
 def test_the_code_of_a_chapter_stands_in_its_script():
