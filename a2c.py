@@ -177,7 +177,8 @@ def parse() -> tuple[Args, dict]:
             fail(f"--env {args.env} does not fit the checkpoint, which is of --env {saved}; leave it out.")
     check(args)
     if args.resume and state["global_step"] >= args.last_step:
-        fail(f"--resume {args.resume} is complete; --total-timesteps beyond {state['global_step']} would continue it.")
+        longer = state["global_step"] + args.total_timesteps
+        fail(f"--resume {args.resume} is complete; for instance --total-timesteps {longer} would continue it.")
     name = f"{args.env}__{SCRIPT}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
     args.run_dir = args.resume or args.run_dir or f"runs/{name}"
     return args, state
@@ -456,6 +457,15 @@ def evaluate(agent: Agent, envs: Envs, episodes: int, seed: int, video: Path | N
     return figures
 
 
+def summary(result: dict) -> str:
+    """What evaluate has found, in a line."""
+    r = {name.removeprefix("eval/"): figure for name, figure in result.items()}
+    text = f"{r['episodes']:.0f} episodes, return {r['return_mean']:.1f} +- {r['return_std']:.1f}"
+    if "flag_rate" in r:
+        text += f", flag {r['flag_rate']:.0%}, x {r['x_pos_mean']:.0f} +- {r['x_pos_std']:.0f}"
+    return text
+
+
 def open_video(path: Path, frame: np.ndarray, fps: float):
     """An mp4 encoder for frames of this size; it takes them one by one, so no frame needs to be kept or copied."""
     from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
@@ -474,11 +484,8 @@ def play(agent: Agent, args: Args) -> None:
     torch.set_num_threads(1)  # as in Run
     path = Path(args.evaluate)
     video = path.parent / "videos" / f"{path.stem}.mp4" if args.capture_video else None
-    r = evaluate(agent, eval_envs(args), args.eval_episodes, args.seed, video)
-    text = f"{args.eval_episodes} episodes: return {r['eval/return_mean']:.1f} +- {r['eval/return_std']:.1f}"
-    if "eval/flag_rate" in r:
-        text += f", flag {r['eval/flag_rate']:.0%}, x {r['eval/x_pos_mean']:.0f} +- {r['eval/x_pos_std']:.0f}"
-    print(text + (f"\nvideo: {video}" if video else ""))
+    result = evaluate(agent, eval_envs(args), args.eval_episodes, args.seed, video)
+    print(f"{path}: {summary(result)}" + (f"\nvideo: {video}" if video else ""))
 
 
 # ------------------------------------------------------------------------------------------------ save, load, log
@@ -550,7 +557,7 @@ class Run:
         self.file.seek(self.file.truncate(whole))  # what followed is played again
         self.began = time.time() - state.get("seconds", 0)
         self.clock, self.shown, self.sps = (time.time(), self.global_step), time.time(), 0.0
-        self.recent, self.figures, self.wandb = deque(maxlen=100), [], None
+        self.recent, self.figures, self.wandb = deque(state.get("recent", ()), 100), [], None
         total, hidden = args.total_timesteps, not sys.stderr.isatty()
         look = {"unit": " steps", "smoothing": 0, "dynamic_ncols": True}  # the mean speed, updates included
         self.bar = tqdm(total=total, initial=self.global_step, disable=hidden, **look)
@@ -590,6 +597,7 @@ class Run:
         rng, cuda_rng = torch.get_rng_state(), torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         self.marked = {"global_step": self.global_step, "rng": rng, "cuda_rng": cuda_rng}
         self.marked |= {"metrics_bytes": self.file.tell(), "seconds": time.time() - self.began}
+        self.marked |= {"recent": list(self.recent)}
 
     def save(self, name: str, parts: dict) -> None:
         args = asdict(replace(self.args, resume=""))
@@ -664,6 +672,7 @@ class Run:
             self.envs = self.envs or eval_envs(self.args)
             result = evaluate(self.parts["agent"], self.envs, self.args.eval_episodes, self.args.seed, video)
             self.write(result, video)
+            self.bar.write(f"evaluation at step {self.global_step:,}: {summary(result)}")
             self.mark()
             if result["eval/return_mean"] >= self.best:
                 self.best = result["eval/return_mean"]
@@ -717,6 +726,8 @@ def set_up(args: Args) -> tuple[torch.device, Envs, Agent]:
         print("A CUDA device was found; --cuda would use it.")
     torch.manual_seed(args.seed)
     envs = Envs(args.env, 1 if args.evaluate else args.num_envs, args.num_threads)
+    if len(envs.obs.shape) == 4 and not envs.image:
+        print(f"--env {args.env}: a CNN sees only uint8 images of height x width x 1 or 3; these go to an MLP.")
     if args.capture_video and "rgb_array" not in envs.envs[0].metadata.get("render_modes", []):
         print(f"--capture-video: {args.env} cannot draw itself; going on without videos.")
         args.capture_video = False

@@ -60,7 +60,7 @@ def draw(panel, runs: list[list[dict]], key: str, points, name: str, axis="globa
         (line,) = panel.plot(points[known], curves[:, known].mean(0), **look)
         if len(runs) > 1:
             low, high = curves[:, known].min(0), curves[:, known].max(0)
-            panel.fill_between(points[known], low, high, color=line.get_color(), alpha=0.2, lw=0)
+            panel.fill_between(points[known], low, high, color=line.get_color(), alpha=0.3, lw=0)
 
 
 def thousands(panel) -> None:
@@ -88,7 +88,7 @@ def mario(mode: str):
         timed = [[row | {"minutes": row["global_step"] / speeds[script] / 60} for row in rows] for rows in runs]
         draw(right, timed, "charts/x_pos", points / speeds[script] / 60, script, "minutes")
     left.set(xlabel="agent steps", ylabel="mean x, last 100 episodes", ylim=(0, 3300))
-    right.set(xlabel="minutes", xlim=(0, 60))
+    right.set(xlabel="minutes at the measured steps/s", xlim=(0, 60))
     for panel in (left, right):
         panel.axhline(3161, color="gray", linestyle=":", linewidth=1)
     left.annotate("flag", (2_000, 3161), textcoords="offset points", xytext=(0, -11), fontsize=9)
@@ -122,7 +122,7 @@ def efficiency(mode: str):
         draw(left, runs, "charts/x_pos", np.linspace(1_000, end, 150), script, window=50)
         draw(right, runs, "charts/x_pos", np.linspace(60, minutes, 150), script, "time", window=50)
     left.set(xlabel="agent steps", ylabel="mean x, last 50 episodes", ylim=(0, 3300))
-    right.set(xlabel="minutes")
+    right.set(xlabel="minutes of the runs' own clocks")
     right.xaxis.set_major_formatter(lambda x, _: f"{x / 60:.0f}")
     right.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(1200))
     thousands(left)
@@ -137,9 +137,9 @@ def trpo(mode: str):
     tries = sorted({round(row["losses/line_search_steps"]) for row in rows})
     for tried in tries:
         of = np.array([round(row["losses/line_search_steps"]) == tried for row in rows])
-        colour = plt.get_cmap("viridis_r")(0.2 + 0.8 * (tried - 1) / max(tries))
+        colour = plt.get_cmap("viridis_r")(0.2 + {"light": 0.8, "dark": 0.5}[mode] * (tried - 1) / max(tries))
         dots = {"linestyle": "", "marker": ".", "markersize": 4, "color": colour}
-        label = f"{tried} line search steps: {of.sum()}"
+        label = f"{tried} line search step{'s' * (tried != 1)}: {of.sum()}"
         left.plot(steps[of], [row["losses/kl"] for row, ok in zip(rows, of, strict=True) if ok], **dots, label=label)
         chosen = [row for row, ok in zip(rows, of, strict=True) if ok]
         promised, real = ([row[f"losses/{name}"] for row in chosen] for name in ("expected_improvement", "improvement"))
@@ -200,10 +200,10 @@ def style(mode: str) -> None:
     plt.rcParams |= {"font.family": "sans-serif", "font.size": 10, "figure.constrained_layout.use": True}
 
 
-def save(figure, panel, path: Path) -> None:
+def save(figure, panel, path: Path, ncols: int = 3) -> None:
     """No background: the page's own shows through. No date: the same runs give the same file."""
     if panel is not None and panel.get_legend_handles_labels()[0]:
-        figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=ncols, frameon=False)
     figure.savefig(path, transparent=True, metadata={"Date": None})
     plt.close(figure)
 
@@ -213,12 +213,17 @@ def own(folders: list[Path]) -> None:
     seed are one curve: their mean, and a band from the lowest to the highest."""
     groups = {}
     for folder in folders:
-        config, rows = load(folder)
+        try:
+            config, rows = load(folder)
+        except OSError as error:
+            sys.exit(f"{folder} cannot be read as a run ({error.strerror}); name the folder of one, as in runs/<run>.")
         flags = {name: flag for name, flag in config.items() if name not in UNLIKE}
         rows = [row | {"minutes": row["time"] / 60} for row in rows]
         groups.setdefault(json.dumps(flags, sort_keys=True), []).append((config["seed"], folder.name, rows))
     keys = ["charts/episodic_return", "charts/flag", "charts/x_pos"]
     keys = [key for key in keys if any(key in row for runs in groups.values() for *_, rows in runs for row in rows)]
+    if not keys:
+        sys.exit("No episode has ended in these runs yet; there is nothing to draw.")
     figure, panels = plt.subplots(len(keys), 2, figsize=(9, 3 * len(keys)), squeeze=False, sharey="row")
     for row, key in zip(panels, keys, strict=True):
         for panel, axis in zip(row, ("global_step", "minutes"), strict=True):
@@ -228,9 +233,11 @@ def own(folders: list[Path]) -> None:
                 points = np.linspace(0, max(metrics[-1][axis] for metrics in rows), 300)
                 draw(panel, rows, key, points, label, axis)
             panel.set_xlabel("agent steps" if axis == "global_step" else axis)
-        row[0].set_ylabel(key.partition("/")[2])
+        row[0].set_ylabel(f"{key.partition('/')[2]}, mean of 100")
+        if key == "charts/flag":
+            row[0].set_ylim(-0.02, 1.02)
         thousands(row[0])
-    save(figure, panels[0][0], Path("curves.svg"))
+    save(figure, panels[0][0], Path("curves.svg"), ncols=1)
     print("curves.svg")
 
 

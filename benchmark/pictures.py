@@ -7,7 +7,8 @@
     uv run benchmark/pictures.py gif runs/<run>/videos/best.mp4 images/ppo.gif
     uv run benchmark/pictures.py strip runs/<run>/videos/best-dream.mp4 images/dream.png
 
-gif: one whole episode, half of the frames, 32 colours. strip: every 7th frame of a dream, truth, model and error.
+gif: one whole episode, half of the frames, 32 colours. strip: about nine frames of a dream, truth, model and error;
+several dreams of equal size one below the other.
 """
 
 import sys
@@ -34,15 +35,16 @@ def gif(video: str, picture: str) -> None:
     shown[0].save(picture, save_all=True, append_images=shown[1:], duration=round(2000 / fps), loop=0, optimize=True)
 
 
-def strip(video: str, picture: str) -> None:
-    images, _ = frames(video)
-    tall = [np.pad(image, ((0, 0), (0, 8), (0, 0)), constant_values=255) for image in images[::7]]
-    cv2.imwrite(
-        picture, cv2.resize(np.concatenate(tall, 1)[..., ::-1], None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
-    )
+def strip(*videos_and_picture: str) -> None:
+    *videos, picture = videos_and_picture
+    strips = []
+    for images, _ in map(frames, videos):
+        tall = [np.pad(image, ((0, 8), (0, 8), (0, 0)), constant_values=255) for image in images]
+        strips.append(np.concatenate(tall[:: round(len(tall) / 9) or 1], 1)[..., ::-1])
+    cv2.imwrite(picture, cv2.resize(np.concatenate(strips), None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4 or sys.argv[1] not in ("gif", "strip"):
+    if len(sys.argv) < 4 or sys.argv[1] not in ("gif", "strip") or (sys.argv[1] == "gif" and len(sys.argv) > 4):
         sys.exit(__doc__)
     {"gif": gif, "strip": strip}[sys.argv[1]](*sys.argv[2:])

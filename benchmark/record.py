@@ -102,7 +102,7 @@ def mario_ladder(folders: list[Path], budget: int = 300_000) -> str:
         recent, best = episodes[-100:], max(row["charts/x_pos"] for row in episodes)
         flags = [sum(row["charts/flag"] for row in some) for some in (recent, episodes)]
         x, paid = (statistics.mean(row[f"charts/{key}"] for row in recent) for key in ("x_pos", "episodic_return"))
-        name = f"`{config['script']}.py` | {min(budget, round(rows[-1]['global_step'], -3)):,}"
+        name = f"`{config['script']}.py` | {min(budget, rows[-1]['global_step']):,}"
         counts = f"{flags[0]} | {flags[1]} | {paid:,.0f} | {len(episodes):,} | {speeds[config['script']]:.0f}"
         lines.append(f"| {name} | {x:,.0f} | {best:,} | {counts} |")
     return "\n".join(lines)
@@ -129,6 +129,22 @@ def control_table() -> str:
     return "\n".join(lines)
 
 
+def catch_table(every: int = 3000) -> str:
+    """DreamerV3 on benchmark/catch.py: what the model does not see of the picture, and what the actor earns."""
+    config, rows = load(RESULTS / "catch-Catch-v0__dreamerv3__1__stopped")
+    lines = ["| agent steps | updates | image loss | return, last 100 episodes |", "|---|---|---|---|"]
+    for step in range(every, rows[-1]["global_step"] + 1, every):
+        before = [row for row in rows if row["global_step"] <= step]
+        loss = [row["losses/image"] for row in before if "losses/image" in row][-1]
+        paid = statistics.mean(
+            [row["charts/episodic_return"] for row in before if "charts/episodic_return" in row][-100:]
+        )
+        first = config["batch_size"] * config["batch_length"] + config["num_envs"] * config["batch_length"]
+        updates = (step - first) * config["train_ratio"] / (config["batch_size"] * config["batch_length"])
+        lines.append(f"| {step:,} | {round(updates, -2):,.0f} | {loss:.2f} | {paid:.2f} |")
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     """All tables of the README that come from recorded runs, by their headings."""
     folders = sorted(path.parent for path in RESULTS.glob("*/metrics.jsonl.gz") if path.parent.name.count("__") == 2)
@@ -136,7 +152,8 @@ def tables() -> dict[str, str]:
     found = {"Last evaluations": final_table(folders)}
     found["Mario, the first 300,000 steps of training, seed 1"] = mario_ladder(mario)
     ppo = [path for path in folders if path.name.startswith("SuperMarioBros-1-1-v0__ppo")]
-    return found | {"Mario, PPO": mario_table(ppo), "Cartpole swing-up, DreamerV3": control_table()}
+    found |= {"Mario, PPO": mario_table(ppo), "Cartpole swing-up, DreamerV3": control_table()}
+    return found | {"Catch, DreamerV3": catch_table()}
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import signal
 import struct
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import probes
 import pytest
 import torch
 from conftest import ENVIRON, ROOT, SCRIPTS, metrics, short, start, weights
@@ -89,6 +91,16 @@ def test_an_environment_that_cannot_draw_goes_without_videos(script, call, tmp_p
         out, err = capsys.readouterr()
         assert "--capture-video: probes:Clockwork-v0 cannot draw itself; going on without videos." in out
         assert err == "" and not (run / "videos").exists()
+
+
+def test_images_that_no_cnn_sees_are_told(rung, monkeypatch, capsys):
+    args = rung.Args(env="probes:Screen-v0")
+    rung.set_up(args)
+    assert "CNN" not in capsys.readouterr().out
+    channels_first = probes.Screen.observation_space.__class__(0, 255, (3, 96, 96), np.uint8)
+    monkeypatch.setattr(probes.Screen, "observation_space", channels_first)
+    rung.set_up(args)
+    assert "--env probes:Screen-v0: a CNN sees only uint8 images of height x width x 1 or 3" in capsys.readouterr().out
 
 
 def test_a_runs_folder_stands_for_its_best_checkpoint(script, call, tmp_path, monkeypatch):
@@ -305,7 +317,7 @@ def test_checkpoints_that_do_not_fit(script, call, tmp_path, capsys):
     cases = {
         ("--evaluate", run / "best.pt", "--env", "CartPole-v1"): "does not fit the checkpoint",
         ("--resume", run, "--env", "CartPole-v1"): "does not fit the checkpoint",
-        ("--resume", run): "is complete; --total-timesteps beyond 64",
+        ("--resume", run): "is complete; for instance --total-timesteps ",
         ("--run-dir", run, *tiny(script)): "holds a run already",
         ("--evaluate", tmp_path / "torn.pt"): "cannot be read as a checkpoint",
         ("--evaluate", tmp_path / "empty.pt"): "cannot be read as a checkpoint",
@@ -318,6 +330,25 @@ def test_checkpoints_that_do_not_fit(script, call, tmp_path, capsys):
         err = capsys.readouterr().err
         assert sentence in err and len(err.splitlines()) == 1
     assert before == {path: path.read_bytes() for path in run.rglob("*.*")}
+
+
+def test_a_complete_run_goes_on_as_its_refusal_says(script, call, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert call(script, *tiny(script), "--run-dir", run) == 0
+    assert call(script, "--resume", run) == 2
+    (longer,) = re.findall(r"--total-timesteps (\d+) would continue it", capsys.readouterr().err)
+    assert call(script, "--resume", run, "--total-timesteps", longer) == 0
+    rows = metrics(run)
+    evaluations = [row for row in rows if "eval/return_mean" in row]
+    out = capsys.readouterr().out
+    for row in evaluations[-1:]:  # of the second part
+        figures = (
+            f"{row['eval/episodes']:.0f} episodes, return {row['eval/return_mean']:.1f} +- {row['eval/return_std']:.1f}"
+        )
+        assert f"evaluation at step {row['global_step']:,}: {figures}\n" in out
+    played = [row["charts/episodic_return"] for row in rows if "charts/episodic_return" in row]
+    recent = torch.load(run / "checkpoint.pt", weights_only=True)["recent"]
+    assert [episode["episodic_return"] for episode in recent] == played[-100:]  # the mean that is shown goes on, too
 
 
 class Stranger:

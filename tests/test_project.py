@@ -145,7 +145,7 @@ def test_the_commands_of_the_readme_for_a_run_that_is_there(call, tmp_path, monk
         flags = ["128" if flag == "4000000" else flag.replace("<run>", "one") for flag in flags]
         whole = "--resume" in flags and "--total-timesteps" not in flags  # it ends by saying so
         assert call(ppo, *flags) == (2 if whole else 0)
-    assert "100 episodes: return" in capsys.readouterr().out
+    assert "checkpoint.pt: 100 episodes, return" in capsys.readouterr().out
     assert metrics("runs/one")[-1]["global_step"] == 128 and (tmp_path / "runs/one/videos/best.mp4").exists()
 
 
@@ -230,7 +230,7 @@ def test_figures_in_the_prose_are_what_was_recorded():
         f"promised {statistics.median(kept):.0%}".replace("%", " %"),
         f"(mean x of its 51 episodes {x('dreamerv3__1', 12e3)};",
         f"PPO's seeds {x('ppo__1', 12e3)} and {x('ppo__2', 12e3)})",
-        f"(last 100 episodes {x('dreamerv3__1', 41e3)}; {x('ppo__1', 41e3)} and {x('ppo__2', 41e3)})",
+        f"(last 100 episodes {x('dreamerv3__1', 41101)}; {x('ppo__1', 41101)} and {x('ppo__2', 41101)})",
         f"came to a mean x of {x('dreamerv3__1__12m_stopped', 4e4)}.",
         f"fell to {fell[0][0]} as late as {fell[0][1]} for seed 1, to {fell[1][0]} at {fell[1][1]} for seed 2",
         f"as its policy froze (entropy {entropy[150000]:.1f}, in the end {entropy[300000]:.1f})",
@@ -257,6 +257,40 @@ def test_returns_of_dreamer_beside_sheeprl_are_what_was_recorded():
             statistics.mean(r for step, r in episodes if end - 2000 < step <= end) for end in range(2000, 14001, 2000)
         ]
         assert f"| {name} | {' | '.join(f'{mean:.0f}' for mean in means)} |" in README, name
+
+
+def test_evaluations_of_the_readme_are_what_was_printed():
+    prose = " ".join(README.split())
+    printed = json.loads((ROOT / "benchmark" / "results" / "evaluations.json").read_text())
+
+    def figures(line):
+        return [float(figure) for figure in re.search(r"return (\S+) \+- ([\d.]+)(?:, flag (\d+)%)?", line).groups(0)]
+
+    hundred = {name: figures(line) for name, line in printed["--eval-episodes 100 --seed 123"].items()}
+    files = [f"SuperMarioBros-1-1-v0__ppo__{s}/{file}.pt" for file in ("best", "checkpoint") for s in "12"]
+    returns = [f"{hundred[file][0]:,.0f} ± {hundred[file][1]:.0f}" for file in files]
+    flags = [f"{hundred[file][2]:.0f}" for file in files]
+    assert flags[0] == flags[1]
+    sentence = f"reached the flag in {flags[0]} for both seeds, the last `checkpoint.pt` in {flags[2]} and {flags[3]} "
+    sentence += f"(returns of best.pt {returns[0]} and {returns[1]}, of the last one {returns[2]} and {returns[3]})"
+    assert sentence in prose, sentence
+    assert [hundred[f"CartPole-v1__dreamerv3__{seed}/best.pt"][0] for seed in "123"] == [500] * 3  # as chapter 7 says
+    (flag,) = printed["--eval-episodes 1"].values()
+    assert f"drawn from the policy: the flag, return {figures(flag)[0]:,.0f}." in prose
+    for name, lines in printed["--eval-episodes 1, --seed 1 to 5"].items():
+        low, _, median, _, high = sorted(figures(line)[0] for line in lines)
+        script = name.split("__")[1]
+        sentence = (
+            f"`{script}.py` after 300,000 steps: return {median:,.0f}, the median of five episodes, which earned "
+        )
+        sentence += f"{low:,.0f} to {high:,.0f}"
+        if script == "dreamerv3":
+            sentence = f"return {median:,.0f}; the median of five episodes, which earned {low:,.0f} to {high:,.0f}."
+        if low == high:
+            sentence = (
+                f"`{script}.py` after 300,000 steps: return {median:,.0f}, like each of the five episodes played."
+            )
+        assert sentence in prose, sentence
 
 
 def test_the_code_of_a_chapter_stands_in_its_script():
