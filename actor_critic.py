@@ -742,7 +742,7 @@ def main() -> None:
             # act: one step, and learn from it at once
             obs = to_device(envs.obs.copy())
             with torch.no_grad():
-                actions, _, values = agent.act(obs)
+                actions, _, values = map(torch.clone, agent.act(obs))  # a CUDA graph overwrites what it returned before
             envs.step(actions.tolist())
             run.step(args.num_envs, envs.finished)
 

@@ -444,8 +444,13 @@ class Replay:
         rows = (starts + torch.arange(self.window)[:, None]) % self.length
         return rows, streams[None]
 
-    def rows(self, begin: int, end: int) -> torch.Tensor:
-        return torch.arange(begin, end) % self.length
+    def slices(self, begin: int, end: int) -> list[slice]:
+        """Where the records from begin to end lie: in two pieces, as they may go around the end of the columns."""
+        lap = max(begin, (end - 1) // self.length * self.length)  # where the last lap begins
+        return [slice(a % self.length, a % self.length + b - a) for a, b in ((begin, lap), (lap, end))]
+
+    def read(self, name: str, begin: int, end: int) -> torch.Tensor:
+        return torch.cat([self.columns[name][piece].cpu() for piece in self.slices(begin, end)])
 
     def state_dict(self) -> dict:
         """Write what is new beside the checkpoint -> what tells the rest, for the checkpoint.
@@ -460,12 +465,10 @@ class Replay:
         begin = max(self.saved, self.oldest)
         if self.count > begin:
             files.append(f"steps-{begin}-{self.count}.pt")
-            rows = self.rows(begin, self.count)
-            steps = {name: column[rows].cpu() for name, column in self.columns.items() if name not in LATENT}
+            steps = {name: self.read(name, begin, self.count) for name in self.columns if name not in LATENT}
             save(self.folder / files[-1], steps)
         files.append(f"latents-{self.count}.pt")
-        rows = self.rows(self.oldest, self.count)
-        save(self.folder / files[-1], {name: self.columns[name][rows].cpu() for name in LATENT})
+        save(self.folder / files[-1], {name: self.read(name, self.oldest, self.count) for name in LATENT})
         self.saved, self.files = self.count, files
         state = {"count": self.count, "oldest": self.oldest, "owed": self.owed, "files": files}
         return state | {"online": list(self.online)}
@@ -483,7 +486,10 @@ class Replay:
             end = int(name[:-3].split("-")[-1])
             kept = min(end - self.oldest, *map(len, rows.values()))
             for key in rows if kept > 0 else ():
-                self.columns[key][self.rows(end - kept, end)] = rows[key][-kept:].to(self.columns[key].device)
+                pieces = self.slices(end - kept, end)
+                parts = rows[key][-kept:].split([piece.stop - piece.start for piece in pieces])
+                for piece, part in zip(pieces, parts, strict=True):
+                    self.columns[key][piece] = part  # device and type may have changed
 
 
 # ------------------------------------------------------------------------------------------------ network
@@ -968,7 +974,7 @@ class Captured:
             return figures
         if self.calls == 4:
             self.graph, self.inputs = torch.cuda.CUDAGraph(), (rows.clone(), streams.clone())
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=self.stream):
                 self.figures = self.learn(*self.inputs)
         for static, given in zip(self.inputs, (rows, streams), strict=True):
             static.copy_(given)

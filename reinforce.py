@@ -360,15 +360,16 @@ def update(agent: Agent, optimizer, args: Args, batch: dict) -> dict:
     if args.norm_adv:
         weights = (weights - weights.mean()) / (weights.std(correction=0) + 1e-8)
     optimizer.zero_grad()
+    policy = optimizer.param_groups[0]["params"]
     pieces = torch.arange(len(weights), device=weights.device).split(2048)
     for rows in pieces:  # as much as fits in memory; the gradients of the pieces add up
         log_probs = F.log_softmax(agent(batch["obs"][rows]), -1)
         chosen = log_probs.gather(-1, batch["actions"][rows, None]).squeeze(-1)
         loss = policy_loss(chosen, weights[rows], args.num_envs)
-        loss.backward()
+        loss.backward(inputs=policy)
         pg_loss += loss.detach()
         entropy -= (log_probs.exp() * log_probs).detach().sum() / len(weights)
-    grad_norm = nn.utils.get_total_norm([p.grad for p in optimizer.param_groups[0]["params"]])
+    grad_norm = nn.utils.get_total_norm([p.grad for p in policy])
     optimizer.step()
     figures = {"policy_loss": pg_loss, "entropy": entropy, "grad_norm": grad_norm}
     return {f"losses/{name}": figure for name, figure in figures.items()}

@@ -91,7 +91,6 @@ from gym_super_mario_bros.actions import SIMPLE_MOVEMENT
 from gymnasium.wrappers.utils import RunningMeanStd
 from nes_py import NESEnv
 from nes_py.wrappers import JoypadSpace
-from torch.nn.utils import vector_to_parameters
 from tqdm import tqdm
 
 SCRIPT = "trpo"
@@ -409,7 +408,7 @@ def fit_values(agent: Agent, optimizer, args: Args, batch: dict) -> dict:
         for rows in torch.randperm(len(batch["returns"]), device=batch["obs"].device).split(args.value_batch_size):
             loss = value_loss(agent(batch["obs"][rows])[1], batch["returns"][rows])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward(inputs=optimizer.param_groups[-1]["params"])  # the critic's; compiled, others would get zeros
             optimizer.step()
             losses.append(loss.detach())
     return {"losses/value_loss": torch.stack(losses).mean()}
@@ -423,6 +422,12 @@ def kl_divergence(old_log_probs: torch.Tensor, log_probs: torch.Tensor) -> torch
 def flatten(tensors) -> torch.Tensor:
     """Tensors of any shape -> one vector (P,)."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def unflatten(vector: torch.Tensor, tensors: list[torch.Tensor]) -> None:
+    """Write a vector (P,) back into the tensors, in place: what is compiled knows where and how they lie."""
+    for tensor, part in zip(tensors, vector.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def fisher_product(agent: Agent, obs: torch.Tensor, damping: float) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -485,14 +490,14 @@ def update(agent: Agent, args: Args, batch: dict) -> dict:
     old, kl, improvement, tries = flatten(parameters).detach(), torch.zeros(()), torch.zeros(()), 0
     with torch.no_grad():
         while tries < args.backtracks:
-            vector_to_parameters(old + args.backtrack_coef**tries * full_step, parameters)
+            unflatten(old + args.backtrack_coef**tries * full_step, parameters)
             tries += 1
             log_probs = F.log_softmax(agent(batch["obs"])[0], -1)
             kl, improvement = kl_divergence(old_log_probs, log_probs), surrogate(log_probs) - old_surrogate
             if improvement > 0 and kl <= args.max_kl:
                 break
         else:
-            vector_to_parameters(old, parameters)
+            unflatten(old, parameters)
             kl = improvement = torch.zeros(())
     figures = {"kl": kl, "improvement": improvement, "expected_improvement": g @ full_step, "line_search_steps": tries}
     figures |= {"accepted": improvement > 0, "cg_residual": residual, "grad_norm": g.norm()}

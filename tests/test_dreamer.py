@@ -657,8 +657,9 @@ def test_a_saved_replay_is_read_back_bit_for_bit_and_a_kill_between_loses_nothin
     small = replay_of(tmp_path, replay_size=30)
     small.load_state_dict(again.state_dict())
     assert small.oldest == again.count - 10
-    rows = small.rows(small.oldest, small.count)
-    assert torch.equal(small.columns["vector"][rows], again.columns["vector"][again.rows(small.oldest, small.count)])
+    kept = [replay.read("vector", small.oldest, small.count) for replay in (small, again)]
+    assert torch.equal(*kept)
+    assert kept[0][:, 0, 0].tolist() == [100 * t for t in range(small.oldest, small.count)]
 
 
 def test_a_longer_replay_serves_only_what_the_shorter_one_still_had(tmp_path):
@@ -788,6 +789,19 @@ def test_a_replay_that_is_gone_gets_a_sentence(call, tmp_path, capsys):
     capsys.readouterr()
     assert call(d, "--resume", tmp_path / "run", "--total-timesteps", 128) == 2
     assert "a run is resumed with its replay" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_run_goes_on_where_bfloat16_is_not_what_it_was(fast, call, tmp_path, monkeypatch):
+    """As when a run of a CPU without it goes on on a GPU."""
+    flags, dtypes = [*short("dreamerv3"), "--total-timesteps", 64, "--run-dir", tmp_path / "run"], []
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    assert call(d, *flags) == 0
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: not fast)
+    update = d.update
+    monkeypatch.setattr(d, "update", lambda agent, *rest: dtypes.append(agent.dtype) or update(agent, *rest))
+    assert call(d, "--resume", tmp_path / "run", "--total-timesteps", 96) == 0
+    assert set(dtypes) == {torch.float32 if fast else torch.bfloat16}
 
 
 def test_evaluating_changes_nothing_and_the_seed_decides(call, tmp_path):

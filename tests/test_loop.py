@@ -432,3 +432,57 @@ def test_a_window_of_updates_is_told_as_its_mean(a2c, call, tmp_path):
     for k, row in enumerate(window):
         for name in ("losses/loss", "losses/entropy", "charts/learning_rate"):
             assert row[name] == pytest.approx(np.mean([r[name] for r in single[5 * k : 5 * k + 5]]), rel=1e-6)
+
+
+# ---- compiled
+
+
+@pytest.mark.filterwarnings("ignore")  # what the compiler says about itself is not ours
+def test_compiled_and_eager_end_with_the_same_weights(rung, call, tmp_path, monkeypatch):
+    """A compiled call returns gradients of zero where an eager one returns none: no optimiser may move by them."""
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model, dynamic, **mode: compiler(model, backend="aot_eager", dynamic=dynamic)
+    )
+    torch._dynamo.reset()
+    flags = [*short(rung.SCRIPT), "--total-timesteps", 64, "--eval-every", 0]
+    for name, more in (("eager", []), ("compiled", ["--compile"])):
+        assert call(rung, *flags, *more, "--run-dir", tmp_path / name) == 0
+    eager, compiled = (weights(tmp_path / name) for name in ("eager", "compiled"))
+    assert eager.keys() == compiled.keys()
+    for name, expected in eager.items():
+        torch.testing.assert_close(compiled[name], expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", ["actor_critic", *ROLLOUTS])  # those that have CUDA graphs
+def test_what_a_cuda_graph_returned_may_be_overwritten_by_its_next_call(name, call, tmp_path, monkeypatch):
+    script, returned = importlib.import_module(name), []
+    forward = torch.nn.Module.__call__
+
+    def graph(agent, obs):
+        for tensor in returned:
+            tensor.data.fill_(math.nan)
+        returned[:] = forward(agent, obs)
+        return tuple(returned)
+
+    flags = [*short(name), "--total-timesteps", 64]
+    assert call(script, *flags, "--run-dir", tmp_path / "plain") == 0
+    monkeypatch.setattr(script.Agent, "__call__", graph)
+    assert call(script, *flags, "--run-dir", tmp_path / "graph") == 0
+    assert_same(weights(tmp_path / "plain"), weights(tmp_path / "graph"))
+
+
+def test_an_update_leaves_the_parameters_where_they_lie(rung, call, tmp_path, monkeypatch):
+    """Compiled code and CUDA graphs know their addresses, convolutions are fast in one order of the memory only."""
+    update, places = rung.update, []
+
+    def watched(agent, *rest, **more):
+        before = [(p.data_ptr(), p.stride()) for p in agent.parameters()]
+        figures = update(agent, *rest, **more)
+        places.append(before == [(p.data_ptr(), p.stride()) for p in agent.parameters()])
+        return figures
+
+    monkeypatch.setattr(rung, "update", watched)
+    flags = [*short(rung.SCRIPT), "--env", "probes:Screen-v0", "--total-timesteps", 64, "--eval-every", 0]
+    assert call(rung, *flags, "--run-dir", tmp_path / "run") == 0
+    assert places and all(places)
