@@ -172,9 +172,10 @@ def parse() -> tuple[Args, dict]:
         state = load(file)
         args = tyro.cli(Args, description=description, default=Args(**state["args"]))  # given flags win over saved ones
         args.evaluate = args.evaluate and str(file)
-        saved = state["args"]["env"]
-        if args.env != saved:
-            fail(f"--env {args.env} does not fit the checkpoint, which is of --env {saved}; leave it out.")
+        for flag in ("env", "size"):  # what the weights depend on
+            given, saved = getattr(args, flag, None), state["args"].get(flag)
+            if given != saved:
+                fail(f"--{flag} {given} does not fit the checkpoint, which is of --{flag} {saved}; leave it out.")
     check(args)
     if args.resume and state["global_step"] >= args.last_step:
         longer = state["global_step"] + args.total_timesteps
@@ -194,7 +195,7 @@ class Frames(gym.Wrapper):
     def __init__(self, env: gym.Env):
         super().__init__(env)
         self.observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
-        self.metadata = env.metadata | {"render_fps": env.metadata.get("render_fps", 60) / 4}
+        self.metadata = env.metadata | {"render_fps": (env.metadata.get("render_fps") or 60) / 4}
         self.frames = np.zeros((4, 84, 84), np.uint8)
 
     def shrink(self, image: np.ndarray) -> np.ndarray:
@@ -437,7 +438,7 @@ def evaluate(agent: Agent, envs: Envs, episodes: int, seed: int, video: Path | N
     while left.any():
         if video:
             frame = envs.envs[0].render()
-            writer = writer or open_video(video, frame, envs.envs[0].metadata.get("render_fps", 30))
+            writer = writer or open_video(video, frame, envs.envs[0].metadata.get("render_fps") or 30)
             writer.write_frame(frame)
         actions, *_ = agent.act(torch.as_tensor(envs.obs, device=device), generator)
         rows = np.flatnonzero(left)
@@ -529,6 +530,7 @@ class Run:
     def __init__(self, args: Args, state: dict, device: torch.device, threads: int, **parts):
         self.args, self.device, self.threads, self.parts = args, device, threads, parts
         self.global_step, self.best = state.get("global_step", 0), state.get("best", -math.inf)
+        self.updated = self.global_step  # when the last update ended
         self.envs = eval_envs(args) if args.capture_video else None  # one that cannot draw shall say so now
         for name, part in parts.items() if state else ():
             part.load_state_dict(state[name])
@@ -612,7 +614,10 @@ class Run:
             self.file.truncate(end)
             raise OSError(f"{self.file.name} cannot be written; is the disk full?")
         if self.wandb:
-            self.tracker.log(figures | ({"videos/eval": self.wandb.Video(str(video))} if video else {}))
+            for kind in ("", "-dream") if video else ():
+                if (path := video.with_stem(video.stem + kind)).exists():
+                    figures[f"videos/eval{kind}"] = self.wandb.Video(str(path))
+            self.tracker.log(figures)
 
     def step(self, steps: int, finished: dict) -> None:
         """Count agent steps, log the episodes that ended with them."""
@@ -654,10 +659,10 @@ class Run:
         if not all(map(math.isfinite, self.figures[-1].values())):
             raise FloatingPointError("a loss or a gradient is no longer finite; try a smaller --learning-rate")
         logging, evaluating, saving = (
-            self.global_step >= self.args.last_step
-            or (every > 0 and self.global_step // every > self.marked["global_step"] // every)
+            self.global_step >= self.args.last_step or (every > 0 and self.global_step // every > self.updated // every)
             for every in (self.args.log_every, self.args.eval_every, self.args.save_every)
         )
+        self.updated = self.global_step
         if logging:
             means = {name: sum(f[name] for f in self.figures) / len(self.figures) for name in figures}
             self.sps = (self.global_step - self.clock[1]) / (time.time() - self.clock[0])
@@ -790,7 +795,7 @@ def main() -> None:
             batch = {"obs": obs, "actions": actions, "advantages": advantages, "returns": returns}
             batch = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
             figures = update(agent, optimizer, args, batch, ent_coef)
-            explained_variance = 1 - (returns - values).var() / (returns.var() + 1e-8)
+            explained_variance = 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
             figures |= {"losses/explained_variance": explained_variance}
             run.end_update(figures | {"charts/learning_rate": lr, "charts/ent_coef": ent_coef})
 

@@ -73,12 +73,14 @@ wrong is believed by the actor until real play corrects it.
 Measured on 2 x86-64 cores without a GPU (flags, commits and curves in benchmark/results), size 1m: CartPole-v1, seeds 1
 to 3, 20,000 steps: the best checkpoints return 500 over 100 episodes, the last ones 500, 500 and 194, as evaluations
 rise and fall on the way. Pendulum-v1, seed 1: -149 after 20,000 steps. Super Mario Bros 1-1, seed 1: mean x 791 after
-12,000 steps (51 episodes), 484 over the last 100 after 41,101, no flag; the dreams show the level, but no goomba.
+12,000 steps (51 episodes), 484 over the last 100 after 41,101, no flag; the dreams show the level, but no goomba. A
+ball of 16 pixels (benchmark/catch.py) is first drawn after 4,900 and 6,400 updates (two seeds), then every one caught.
 
 Hafner, Pasukonis, Ba, Lillicrap 2025, doi 10.1038/s41586-025-08744-2 and arXiv 2301.04104 (DreamerV3), as the authors'
-later code has it, but for 1 % of uniform policy, which that code leaves out (--actor-unimix 0); Hafner et al. 2019,
-arXiv 1811.04551 (RSSM), 2020, arXiv 1912.01603 (Dreamer); Ziyin, Wang, Ueda 2020, arXiv 2002.04839 (LaProp); Brock et
-al. 2021, arXiv 2102.06171 (adaptive gradient clipping); Schulman et al. 2016, arXiv 1506.02438 (lambda).
+later code has it, but for 1 % of uniform policy, which that code leaves out (--actor-unimix 0), and for discrete
+observations, which are numbers here (one-hot, squared error), classes there; Hafner et al. 2019, arXiv 1811.04551
+(RSSM), 2020, arXiv 1912.01603 (Dreamer); Ziyin, Wang, Ueda 2020, arXiv 2002.04839 (LaProp); Brock et al. 2021, arXiv
+2102.06171 (adaptive gradient clipping); Schulman et al. 2016, arXiv 1506.02438 (lambda).
 """
 
 import contextlib
@@ -195,6 +197,8 @@ def check(args: Args) -> None:
             fits, remedy = 0 < value < 2**31, "above 0, and at most 2147483647"
         if not fits:
             fail(f"--{name.replace('_', '-')} {value} cannot work; it must be {remedy}.")
+    if args.batch_length < 2:
+        fail(f"--batch-length {args.batch_length} cannot work; it must be at least 2.")
     least = args.ready_at * args.num_envs
     for name in ("total_timesteps", "replay_size"):
         if getattr(args, name) < least:
@@ -215,9 +219,10 @@ def parse() -> tuple[Args, dict]:
         state = load(file)
         args = tyro.cli(Args, description=description, default=Args(**state["args"]))  # given flags win over saved ones
         args.evaluate = args.evaluate and str(file)
-        saved = state["args"]["env"]
-        if args.env != saved:
-            fail(f"--env {args.env} does not fit the checkpoint, which is of --env {saved}; leave it out.")
+        for flag in ("env", "size"):  # what the weights depend on
+            given, saved = getattr(args, flag, None), state["args"].get(flag)
+            if given != saved:
+                fail(f"--{flag} {given} does not fit the checkpoint, which is of --{flag} {saved}; leave it out.")
     check(args)
     if args.resume and state["global_step"] >= args.last_step:
         longer = state["global_step"] + args.total_timesteps
@@ -231,7 +236,9 @@ def parse() -> tuple[Args, dict]:
 
 
 def is_image(space: gym.Space) -> bool:
-    return isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
+    return (
+        isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3 and space.shape[2] <= 4
+    )
 
 
 class Senses(gym.Wrapper):
@@ -246,7 +253,7 @@ class Senses(gym.Wrapper):
         self.images = sorted(key for key, space in self.spaces.items() if is_image(space))
         self.vectors = gym.spaces.Dict({k: space for k, space in self.spaces.items() if k not in self.images})
         self.repeat = 4 if self.images else 1
-        self.metadata = env.metadata | {"render_fps": env.metadata.get("render_fps", 60) / self.repeat}
+        self.metadata = env.metadata | {"render_fps": (env.metadata.get("render_fps") or 60) / self.repeat}
         senses = {}
         if self.images:
             channels = sum(self.spaces[key].shape[-1] for key in self.images)
@@ -429,7 +436,7 @@ class Replay:
 
     @property
     def ready(self) -> bool:
-        return self.count >= self.args.ready_at
+        return self.count - self.oldest >= self.args.ready_at
 
     def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Where batch_size windows lie: rows (window, B) and streams (1, B) of the columns. Fresh first, then any."""
@@ -458,8 +465,10 @@ class Replay:
         Steps never change: those since the last time become a new file. Latent states do: all are written anew. The
         files that the last checkpoint names stay until a new one has been written, so a kill loses nothing."""
         self.folder.mkdir(exist_ok=True)
+        last = self.folder.parent / "checkpoint.pt"  # not always that of the last call: writing it can fail
+        named = torch.load(last, weights_only=True, mmap=True)["replay"]["files"] if last.exists() else []
         for path in [*self.folder.glob("steps-*"), *self.folder.glob("latents-*")]:
-            if path.name not in self.files:
+            if path.name not in {*named, *self.files}:
                 path.unlink()
         files = [name for name in self.files if name[:5] == "steps" and int(name[6:-3].split("-")[1]) > self.oldest]
         begin = max(self.saved, self.oldest)
@@ -477,14 +486,17 @@ class Replay:
         """Read back what state_dict has written; what --replay-size has no room for any more is left out."""
         self.count, self.dropped = state["count"], state["oldest"]
         self.owed, self.files = state["owed"], state["files"]
-        self.online, self.saved = deque(map(tuple, state["online"])), self.count
+        whole = [(start, i) for start, i in state["online"] if start + self.window <= self.count]  # windows can grow
+        self.online, self.saved = deque(whole), self.count
         for name in self.files:
             try:
                 rows = torch.load(self.folder / name, weights_only=True)
             except Exception as error:
                 fail(f"{self.folder / name} cannot be read ({type(error).__name__}); a run is resumed with its replay.")
             end = int(name[:-3].split("-")[-1])
-            kept = min(end - self.oldest, *map(len, rows.values()))
+            kept, streams = min(end - self.oldest, *map(len, rows.values())), rows[next(iter(rows))].shape[1]
+            if streams != self.args.num_envs:
+                fail(f"--num-envs {self.args.num_envs} does not fit the replay, which has {streams}; leave it out.")
             for key in rows if kept > 0 else ():
                 pieces = self.slices(end - kept, end)
                 parts = rows[key][-kept:].split([piece.stop - piece.start for piece in pieces])
@@ -1021,7 +1033,7 @@ def evaluate(agent: Agent, envs: Envs, episodes: int, seed: int, video: Path | N
     while left.any():
         if video:
             frame = envs.envs[0].render()
-            writer = writer or open_video(video, frame, envs.envs[0].metadata.get("render_fps", 30))
+            writer = writer or open_video(video, frame, envs.envs[0].metadata.get("render_fps") or 30)
             writer.write_frame(frame)
         obs = {sense: torch.as_tensor(values, device=device) for sense, values in envs.obs.items()}
         actions, latent = agent.act(obs, latent, torch.as_tensor(first, device=device), generator)
@@ -1134,6 +1146,7 @@ class Run:
     def __init__(self, args: Args, state: dict, device: torch.device, threads: int, **parts):
         self.args, self.device, self.threads, self.parts = args, device, threads, parts
         self.global_step, self.best = state.get("global_step", 0), state.get("best", -math.inf)
+        self.updated = self.global_step  # when the last update ended
         self.envs = eval_envs(args) if args.capture_video else None  # one that cannot draw shall say so now
         for name, part in parts.items() if state else ():
             part.load_state_dict(state[name])
@@ -1217,7 +1230,10 @@ class Run:
             self.file.truncate(end)
             raise OSError(f"{self.file.name} cannot be written; is the disk full?")
         if self.wandb:
-            self.tracker.log(figures | ({"videos/eval": self.wandb.Video(str(video))} if video else {}))
+            for kind in ("", "-dream") if video else ():
+                if (path := video.with_stem(video.stem + kind)).exists():
+                    figures[f"videos/eval{kind}"] = self.wandb.Video(str(path))
+            self.tracker.log(figures)
 
     def step(self, steps: int, finished: dict) -> None:
         """Count agent steps, log the episodes that ended with them."""
@@ -1259,10 +1275,10 @@ class Run:
         if not all(map(math.isfinite, self.figures[-1].values())):
             raise FloatingPointError("a loss or a gradient is no longer finite; try a smaller --learning-rate")
         logging, evaluating, saving = (
-            self.global_step >= self.args.last_step
-            or (every > 0 and self.global_step // every > self.marked["global_step"] // every)
+            self.global_step >= self.args.last_step or (every > 0 and self.global_step // every > self.updated // every)
             for every in (self.args.log_every, self.args.eval_every, self.args.save_every)
         )
+        self.updated = self.global_step
         if logging:
             means = {name: sum(f[name] for f in self.figures) / len(self.figures) for name in figures}
             self.sps = (self.global_step - self.clock[1]) / (time.time() - self.clock[0])

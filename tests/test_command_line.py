@@ -273,6 +273,7 @@ OWN_MISTAKES = {
         "--train-ratio 0": "--train-ratio 0.0 cannot work",
         "--batch-size 0": "--batch-size 0 cannot work",
         "--batch-length 0": "--batch-length 0 cannot work",
+        "--batch-length 1": "--batch-length 1 cannot work; it must be at least 2",
         "--horizon 0": "--horizon 0 cannot work",
         "--return-lambda 1.1": "--return-lambda 1.1 cannot work",
         "--ent-coef -1": "--ent-coef -1.0 cannot work",

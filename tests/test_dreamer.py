@@ -781,6 +781,68 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(call, monkeypatch,
             assert {k: v for k, v in a.items() if k not in clocks} == {k: v for k, v in b.items() if k not in clocks}
 
 
+def test_a_checkpoint_that_cannot_be_written_costs_nothing_of_the_last(call, tmp_path, monkeypatch, capsys):
+    """The disk takes the replay's files but not the checkpoint, twice: when it was due and at the end."""
+    run, save, written = tmp_path / "run", d.save, []
+
+    def full(path, state):
+        written.append(path.name)
+        if path.name == "checkpoint.pt" and written.count("checkpoint.pt") > 2:
+            raise OSError("no space left")
+        save(path, state)
+
+    flags = [*short("dreamerv3"), "--total-timesteps", 96, "--save-every", 32, "--run-dir", run]
+    monkeypatch.setattr(d, "save", full)
+    assert call(d, *flags) == 1 and written.count("checkpoint.pt") == 4
+    monkeypatch.setattr(d, "save", save)
+    assert call(d, "--resume", run) == 0
+    assert metrics(run)[-1]["global_step"] == 96
+
+
+def test_what_is_due_comes_where_updates_are_rare(call, tmp_path):
+    """One environment and an update every 16 steps: what falls due between two updates comes with the second."""
+    flags = [*short("dreamerv3"), "--num-envs", 1, "--train-ratio", 0.5, "--total-timesteps", 400, "--eval-every", 40]
+    assert call(d, *flags, "--eval-episodes", 1, "--log-every", 40, "--run-dir", tmp_path / "run") == 0
+    rows = metrics(tmp_path / "run")
+    evaluated = [row["global_step"] for row in rows if "eval/episodes" in row]
+    assert [step // 40 for step in evaluated] == list(range(1, 11))
+    assert len([row for row in rows if "losses/loss" in row]) == 10
+
+
+def test_windows_may_be_longer_after_a_resume(tmp_path):
+    replay = replay_of(tmp_path)  # windows of 5 records
+    fill(replay, 20)
+    state = replay.state_dict()
+    assert any(start + 13 > 20 for start, _ in state["online"])
+    replay.args.batch_length = 12
+    longer = d.Replay(replay.args, Streams, agent_of({"vector": (1,)}, 2), torch.device("cpu"))
+    longer.load_state_dict(state)
+    for _ in range(8):
+        rows, streams = longer.sample()
+        assert (longer.columns["vector"][rows, streams].diff(dim=0) == 100).all() and rows.shape[0] == 13
+
+
+def test_flags_that_do_not_fit_what_was_saved(call, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert call(d, *short("dreamerv3"), "--total-timesteps", 64, "--run-dir", run) == 0
+    capsys.readouterr()
+    for flags, sentence in {
+        ("--evaluate", run, "--size", "12m"): "--size 12m does not fit the checkpoint, which is of --size 1m",
+        ("--resume", run, "--size", "12m", "--total-timesteps", 99): "--size 12m does not fit the checkpoint",
+        (
+            "--resume",
+            run,
+            "--num-envs",
+            3,
+            "--total-timesteps",
+            99,
+        ): "--num-envs 3 does not fit the replay, which has 2",
+    }.items():
+        assert call(d, *flags) == 2
+        err = capsys.readouterr().err
+        assert sentence in err and len(err.splitlines()) == 1
+
+
 def test_a_replay_that_is_gone_gets_a_sentence(call, tmp_path, capsys):
     flags = [*short("dreamerv3"), "--total-timesteps", 64, "--run-dir", tmp_path / "run"]
     assert call(d, *flags) == 0

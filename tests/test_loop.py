@@ -219,6 +219,35 @@ def test_terminated_and_cut_at_once_is_terminated(ppo, call, monkeypatch, tmp_pa
     assert dones.sum() == 6 and (next_values[dones > 0] == 0).all()
 
 
+def test_both_ends_at_once_are_one_in_whole_episodes_too(call, monkeypatch, tmp_path):
+    """Both pays 1 a step for 5 steps and ends in both ways: nothing may be added for what would have followed."""
+    script = importlib.import_module("reinforce_baseline")
+    updates = spy(monkeypatch, script, "update")
+    flags = [*short("reinforce_baseline"), "--env", "probes:Both-v0", "--gamma", 0.9, "--total-timesteps", 20]
+    assert call(script, *flags, "--run-dir", tmp_path / "run") == 0
+    expected = torch.tensor([sum(0.9**k for k in range(n)) for n in (5, 4, 3, 2, 1)])
+    for batch in batches(updates):
+        torch.testing.assert_close(batch["returns"].sort().values, expected.repeat(2).sort().values)
+
+
+def test_environments_of_one_run_differ(ppo):
+    envs = ppo.Envs("CartPole-v1", 4)
+    envs.reset(1)
+    assert len({tuple(obs) for obs in envs.obs}) == 4
+
+
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_a_batch_of_one_step(name, call, tmp_path):
+    flags = ["--env", "CartPole-v1", "--num-envs", 1, "--num-steps", 1, "--total-timesteps", 30, "--eval-episodes", 1]
+    flags += ["--num-minibatches", 1] if name == "ppo" else []
+    assert call(importlib.import_module(name), *flags, "--run-dir", tmp_path / "run") == 0
+    assert all(
+        math.isfinite(row["losses/loss" if name != "trpo" else "losses/kl"])
+        for row in metrics(tmp_path / "run")
+        if "losses/kl" in row or "losses/loss" in row
+    )
+
+
 def test_stored_frames_are_copies(rung, call, monkeypatch, tmp_path):
     update = spy(monkeypatch, rung, "update")
     flags = [*short(rung.SCRIPT), "--env", "probes:Screen-v0", "--total-timesteps", 32]
@@ -296,6 +325,7 @@ def test_the_policy_learns_to_look(rung, call, tmp_path):
 def test_reward_scaler_divides_by_the_deviation_of_the_discounted_return(ppo):
     rng = np.random.default_rng(0)
     rewards, dones = rng.normal(3, 50, (400, 3)), rng.random((400, 3)) < 0.1
+    rewards[300, 2] = -10_000  # beyond the clip
     scaler, discounted, returns = ppo.RewardScaler(3, 0.9), np.zeros(3), []
     for start in range(0, 400, 40):
         rollout = slice(start, start + 40)
@@ -305,6 +335,7 @@ def test_reward_scaler_divides_by_the_deviation_of_the_discounted_return(ppo):
             returns.append(discounted.copy())
             discounted[done] = 0
         np.testing.assert_allclose(scaled, np.clip(rewards[rollout] / np.std(returns), -10, 10), rtol=1e-4)
+        assert (scaled.min() == -10) == (start == 280)
 
 
 def test_frames_repeat_the_action_and_stop_at_the_end(ppo):
@@ -404,6 +435,27 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(rung, call, monkey
     for a, b in zip(whole, cut, strict=True):
         assert {k: v for k, v in a.items() if k not in clocks} == {k: v for k, v in b.items() if k not in clocks}
     assert [row["time"] for row in cut] == sorted(row["time"] for row in cut)
+
+
+def test_the_best_checkpoint_is_that_of_the_best_evaluation(rung, call, tmp_path, monkeypatch, capsys):
+    """Also when a resumed run does worse. With the same seed --evaluate plays the very episodes of that evaluation."""
+    evaluate, real, bonus = rung.evaluate, [], iter([0, 3000, 9000, 6000, 0] + [8000] * 5)
+
+    def judged(*given):
+        real.append(evaluate(*given))
+        return real[-1] | {"eval/return_mean": real[-1]["eval/return_mean"] + next(bonus)}
+
+    monkeypatch.setattr(rung, "evaluate", judged)
+    flags = [*short(rung.SCRIPT), "--env", "CartPole-v1", "--eval-every", 64, "--eval-episodes", 4]
+    flags += [] if rung.SCRIPT == "trpo" else ["--learning-rate", 0.02]
+    assert call(rung, *flags, "--total-timesteps", 320, "--run-dir", tmp_path / "run") == 0
+    assert call(rung, "--resume", tmp_path / "run", "--total-timesteps", 640) == 0
+    evaluations = [row["global_step"] for row in metrics(tmp_path / "run") if "eval/episodes" in row]
+    assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)["global_step"] == evaluations[2]
+    monkeypatch.setattr(rung, "evaluate", evaluate)
+    capsys.readouterr()
+    assert call(rung, "--evaluate", tmp_path / "run") == 0
+    assert f"4 episodes, return {real[2]['eval/return_mean']:.1f} +- " in capsys.readouterr().out
 
 
 def test_evaluating_changes_nothing(rung, call, tmp_path):

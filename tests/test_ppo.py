@@ -123,6 +123,21 @@ def test_loss_figures_are_means_over_the_update(ppo):
     assert figures["losses/approx_kl"] == pytest.approx(0, abs=1e-6) and figures["losses/clipfrac"] == 0
 
 
+@pytest.mark.parametrize("norm_adv", [True, False])
+def test_norm_adv_takes_scale_and_mean_out_of_the_advantages(ppo, norm_adv):
+    losses = []
+    for scale, shift in ((1, 0), (7, 3)):
+        args = ppo.Args(num_envs=4, num_steps=16, num_minibatches=1, update_epochs=1, norm_adv=norm_adv)
+        torch.manual_seed(0)
+        agent = ppo.Agent((3,), 4, False)
+        batch = batch_of(ppo, agent)
+        batch["log_probs"] -= torch.linspace(-0.1, 0.1, 64)  # without it the loss is minus the mean advantage: 0
+        batch["advantages"] = scale * batch["advantages"] + shift
+        optimizer = torch.optim.SGD(agent.parameters(), 0.0)
+        losses.append(float(ppo.update(agent, optimizer, args, batch, 0.01)["losses/policy_loss"]))
+    assert (losses[0] == pytest.approx(losses[1], abs=1e-5)) == norm_adv
+
+
 def test_approx_kl_and_clipfrac_tell_how_far_the_policy_moved(ppo):
     args = ppo.Args(num_envs=4, num_steps=16, num_minibatches=1, update_epochs=1)
     agent = ppo.Agent((3,), 4, False)

@@ -109,7 +109,7 @@ def test_every_command_in_readme_and_docstrings_parses(monkeypatch):
 
 def test_every_long_command_of_the_readme_was_run(monkeypatch):
     """Its flags are those of a run in benchmark/results, but for the seed and what leaves training as it is."""
-    idle = {"seed", "run_dir", "num_threads", "cuda", "capture_video", "log_every", "save_every"}
+    idle = {"seed", "run_dir", "resume", "num_threads", "cuda", "capture_video", "log_every", "save_every"}
     recorded = [json.loads(path.read_text()) for path in (ROOT / "benchmark" / "results").glob("*/config.json")]
     checked = 0
     for name, flags in commands(README):
