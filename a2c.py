@@ -30,10 +30,10 @@ add up, since each V but the first and the last cancels, to the n-step advantage
 
 up to the end of the rollout or of the episode. Each V that is not asked is an error of the critic that is not repeated.
 --gae-lambda below 1 trusts later TD errors less; lambda = 0 is the last script's (3) again, and one environment with
-one step has that script's gradient, to the digit, where bonus and clipping are switched off.
+one step has that script's gradient, to the digit, where bonus and clipping are switched off and --vf-coef is 1.
 
-The loss joins the policy gradient (2), half the squared error of V and an entropy bonus, which falls to 0. One gradient
-step, then new data: the batch was drawn from a policy that no longer exists.
+The loss joins the policy gradient (2), half the squared error of V, weighted by --vf-coef, and an entropy bonus, which
+falls to 0. One gradient step, then new data: the batch was drawn from a policy that no longer exists.
 
 A3C came first (the asynchronous form): 16 threads, each with its own Mario and a copy of the weights, add their
 gradients to shared weights without waiting for one another, so a gradient may be of weights that have moved on. The
@@ -595,7 +595,7 @@ class Run:
             os.write(1, b"\nThe run stops when this update is whole.\n")  # print could be in the middle of a line
 
     def mark(self) -> None:
-        """Remember the point to which a resumed run goes back: the weights have changed and nothing else since."""
+        """Remember where a resumed run begins again: here, with these weights. What is played after it is lost."""
         rng, cuda_rng = torch.get_rng_state(), torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         self.marked = {"global_step": self.global_step, "rng": rng, "cuda_rng": cuda_rng}
         self.marked |= {"metrics_bytes": self.file.tell(), "seconds": time.time() - self.began}

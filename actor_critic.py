@@ -573,7 +573,7 @@ class Run:
             os.write(1, b"\nThe run stops when this update is whole.\n")  # print could be in the middle of a line
 
     def mark(self) -> None:
-        """Remember the point to which a resumed run goes back: the weights have changed and nothing else since."""
+        """Remember where a resumed run begins again: here, with these weights. What is played after it is lost."""
         rng, cuda_rng = torch.get_rng_state(), torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         self.marked = {"global_step": self.global_step, "rng": rng, "cuda_rng": cuda_rng}
         self.marked |= {"metrics_bytes": self.file.tell(), "seconds": time.time() - self.began}

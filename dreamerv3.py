@@ -1060,8 +1060,8 @@ def evaluate(agent: Agent, envs: Envs, episodes: int, seed: int, video: Path | N
 
 
 def draw_dream(agent: Agent, seen: list, path: Path, fps: float, context: int = 8, steps: int = 64) -> None:
-    """A video of an episode's first steps, three rows of 256 x 256: the truth, what the model makes of it, half grey
-    plus their difference. After `context` steps the model sees nothing more."""
+    """A video of an episode's first steps, three rows of 256 x 256: the truth, what the model makes of it, grey
+    plus half their difference. After `context` steps the model sees nothing more."""
     obs, actions = zip(*seen[:steps], strict=True)
     obs = {sense: torch.cat([o[sense] for o in obs]) for sense in obs[0]}
     model = dream(agent, obs, torch.cat(actions), context)
@@ -1211,7 +1211,7 @@ class Run:
             os.write(1, b"\nThe run stops when this update is whole.\n")  # print could be in the middle of a line
 
     def mark(self) -> None:
-        """Remember the point to which a resumed run goes back: the weights have changed and nothing else since."""
+        """Remember where a resumed run begins again: here, with these weights. What is played after it is lost."""
         rng, cuda_rng = torch.get_rng_state(), torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         self.marked = {"global_step": self.global_step, "rng": rng, "cuda_rng": cuda_rng}
         self.marked |= {"metrics_bytes": self.file.tell(), "seconds": time.time() - self.began}

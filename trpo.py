@@ -28,7 +28,7 @@ its minimum: what it costs to move by x begins with its second derivative, the F
 
     maximise g'x  subject to  1/2 x'F x <= delta
 
-Set the gradient of the Lagrangian to zero, g = F x / mu: the best direction is the natural gradient x = F^-1 g, the
+Set the gradient of the Lagrangian to zero, g = mu F x: the best direction is the natural gradient x = F^-1 g, the
 same whatever the parameters are called. The bound then fixes its length: x is scaled by sqrt(2 delta / x'F x).
 
 F has as many rows as the network has weights, 1.7 million for Mario, and is never written down. Conjugate gradient
@@ -681,7 +681,7 @@ class Run:
             os.write(1, b"\nThe run stops when this update is whole.\n")  # print could be in the middle of a line
 
     def mark(self) -> None:
-        """Remember the point to which a resumed run goes back: the weights have changed and nothing else since."""
+        """Remember where a resumed run begins again: here, with these weights. What is played after it is lost."""
         rng, cuda_rng = torch.get_rng_state(), torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         self.marked = {"global_step": self.global_step, "rng": rng, "cuda_rng": cuda_rng}
         self.marked |= {"metrics_bytes": self.file.tell(), "seconds": time.time() - self.began}

@@ -965,6 +965,41 @@ def test_dreams_begin_as_what_was_seen_and_then_look_no_more():
     assert torch.equal(dreamt[:2], other[:2]) and not torch.equal(dreamt[4:], other[4:])
 
 
+# ---- dreams
+
+
+def test_a_dream_follows_its_actions():
+    """Action t leads from step t to step t + 1, among the steps that are shown and among those that are dreamt."""
+    torch.manual_seed(0)
+    agent = agent_of({"image": (64, 64, 3)}, 3).eval()
+    obs = {"image": torch.randint(256, (6, 64, 64, 3), dtype=torch.uint8)}
+    actions = F.one_hot(torch.tensor([0, 1, 2, 0, 1, 2]), 3).float()
+    first = d.dream(agent, obs, actions, 3)
+    for t in range(6):
+        other = actions.clone()
+        other[t] = 5 * actions[t].roll(1)
+        same = [torch.equal(a, b) for a, b in zip(first, d.dream(agent, obs, other, 3), strict=True)]
+        assert all(same[: t + 1]) and not any(same[t + 1 : t + 2]), t
+
+
+def test_the_rows_of_a_dream_video(monkeypatch, tmp_path):
+    frames = []
+
+    class Writer:
+        write_frame, close = frames.append, staticmethod(lambda: None)
+
+    monkeypatch.setattr(d, "open_video", lambda *_: Writer)
+    monkeypatch.setattr(d, "dream", lambda agent, obs, actions, context: torch.full((len(actions), 64, 64, 3), 0.2))
+    seen = [({"image": torch.full((1, 64, 64, 3), 51 * k, dtype=torch.uint8)}, torch.zeros(1, 3)) for k in range(5)]
+    d.draw_dream(None, seen, tmp_path / "dream.mp4", 15.0)
+    for k, frame in enumerate(frames):
+        assert frame.shape == (768, 256, 3) and frame.dtype == np.uint8
+        rows = frame.reshape(3, -1)
+        assert rows.min(1).tolist() == rows.max(1).tolist()
+        assert rows[:, 0].tolist() == pytest.approx([51 * k, 51, 127.5 + (1 - k) * 25.5], abs=1)
+    assert len(frames) == 5
+
+
 # ---- compiled
 
 

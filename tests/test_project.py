@@ -140,7 +140,7 @@ def test_the_commands_of_the_readme_for_a_run_that_is_there(call, tmp_path, monk
     assert call(ppo, *first) == 0
     shown = README.partition("## What a run gives you")[2].partition("\n## ")[0]
     found = [shlex.split(line) for line in re.findall(r"uv run ppo\.py (.*<run>[^#\n]*)", shown)]
-    assert len(found) == 4
+    assert len(found) == 5
     for flags in found:
         flags = ["128" if flag == "4000000" else flag.replace("<run>", "one") for flag in flags]
         whole = "--resume" in flags and "--total-timesteps" not in flags  # it ends by saying so
