@@ -139,9 +139,8 @@ def catch_table(every: int = 5000) -> str:
     def cell(runs, step, key, last):
         figures = [[r[key] for r in rows if key in r and r["global_step"] <= step][-last:] for _, rows in runs]
         over = [step > rows[-1]["global_step"] for _, rows in runs]
-        return " / ".join("" if o else f"{statistics.mean(f):.2f}" for f, o in zip(figures, over, strict=True)).strip(
-            " /"
-        )
+        cells = ("-" if o else f"{statistics.mean(f):.2f}" for f, o in zip(figures, over, strict=True))
+        return " / ".join(cells)
 
     lines = ["| agent steps | updates | image loss, seed 1 / 2 | return | return of PPO |", "|---|---|---|---|---|"]
     for step in range(every, dreams[1][1][-1]["global_step"] + 1, every):

@@ -259,6 +259,44 @@ def test_returns_of_dreamer_beside_sheeprl_are_what_was_recorded():
         assert f"| {name} | {' | '.join(f'{mean:.0f}' for mean in means)} |" in README, name
 
 
+def test_what_is_said_of_catch_is_what_was_recorded():
+    sys.path.append(str(ROOT / "benchmark"))
+    import record
+
+    prose, said = " ".join(README.split()), {}
+    for name in ("dreamerv3__1__stopped", "dreamerv3__2", "ppo__1", "ppo__2", "dreamerv3__1__12m_stopped"):
+        said[name] = record.load(record.RESULTS / f"catch-Catch-v0__{name}")[1]
+    dreams, plays = list(said.values())[:2], list(said.values())[2:4]
+    found = [next(row["global_step"] for row in rows if row.get("losses/image", 9) < 7.7) for rows in dreams]
+    found = [f"{round((step - 512) / 4, -2):,.0f}" for step in found]  # the first update comes after 512 steps
+    assert f"Seed 1 found that after {found[0]} updates, seed 2 after {found[1]}." in prose
+    perfect, often = [], []
+    for rows in dreams + plays:
+        evaluations = [row for row in rows if "eval/return_mean" in row]
+        perfect.append(next(row for row in evaluations if row["eval/return_mean"] == 1))
+        often.append(next(row for row in evaluations if row["eval/return_mean"] >= 0.9)["global_step"])
+    steps, minutes = ([row[key] for row in perfect] for key in ("global_step", "time"))
+    minutes = [f"{seconds / 60:.0f}" for seconds in minutes]
+    assert perfect[0]["eval/episodes"] == 100 and often[2] == often[3] and steps[2] == steps[3]
+    sentence = (
+        f"after {steps[0]:,} steps (seed 1) and {steps[1]:,} (seed 2) caught 100 of 100 balls. PPO's first to do so "
+    )
+    assert (
+        sentence + f"came after {steps[2]:,} steps with both seeds, those of 0.9 and more after {often[2]:,}." in prose
+    )
+    sentence = (
+        f"took {minutes[3]} and {minutes[2]} of them on one busy core, DreamerV3's {steps[0]:,} and {steps[1]:,} took "
+    )
+    assert sentence + f"{minutes[0]} and {minutes[1]}." in prose
+    theirs = json.loads((record.RESULTS / "sheeprl_catch.json").read_text())["observation_loss"][-1]
+    ours = [row["losses/image"] for row in dreams[0] if "losses/image" in row][3:5]
+    large = [row["losses/image"] for row in said["dreamerv3__1__12m_stopped"] if "losses/image" in row][-1]
+    assert (
+        f"({theirs:.1f} after 4,500 steps; here {sum(ours) / 2:.1f}), size 12m here to {large:.1f} after 7,000."
+        in prose
+    )
+
+
 def test_evaluations_of_the_readme_are_what_was_printed():
     prose = " ".join(README.split())
     printed = json.loads((ROOT / "benchmark" / "results" / "evaluations.json").read_text())
