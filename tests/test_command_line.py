@@ -123,21 +123,26 @@ def moves(path, size):
     return len(frames) > 20 and np.mean(changed) > 0.8
 
 
-def test_every_tracked_number_is_in_the_file(script, call, tmp_path, monkeypatch):
+def test_every_tracked_number_is_in_the_file_and_every_video_is_sent(script, call, tmp_path, monkeypatch):
     logged, asked = [], {}
     run = types.SimpleNamespace(log=logged.append, finish=lambda: asked.update(finished=True), id="abc")
     run.define_metric = lambda *_, **__: None
     init, login = (lambda **flags: asked.update(flags) or run), (lambda prompt, verify: prompt)  # no key is known
-    fake = types.SimpleNamespace(init=init, login=login)
+    fake = types.SimpleNamespace(init=init, login=login, Video=str)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-    assert call(script, *tiny(script), "--track", "--wandb-project-name", "p", "--run-dir", tmp_path / "run") == 0
+    flags = [*tiny(script), "--env", "probes:Screen-v0", "--capture-video", "--track", "--wandb-project-name", "p"]
+    assert call(script, *flags, "--run-dir", tmp_path / "run") == 0
+    sent = [
+        {key.removeprefix("videos/eval"): row.pop(key) for key in list(row) if key[:6] == "videos"} for row in logged
+    ]
     assert logged == metrics(tmp_path / "run") and logged
-    assert (
-        asked["project"] == "p" and asked["mode"] == "offline" and asked["finished"]
-    )  # no key, no terminal: no question
-    assert asked["config"]["env"] == "probes:Clockwork-v0"
+    step = logged[-1]["global_step"]
+    kinds = ("", "-dream") if script.SCRIPT == "dreamerv3" else ("",)
+    assert sent[-1] == {kind: str(tmp_path / f"run/videos/{step}{kind}.mp4") for kind in kinds}
+    assert asked["project"] == "p" and asked["config"]["env"] == "probes:Screen-v0" and asked["finished"]
+    assert asked["mode"] == "offline"  # no key, no terminal: no question
 
 
 def test_tracking_offline_with_the_real_wandb(ppo, tmp_path):
