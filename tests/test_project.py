@@ -182,7 +182,11 @@ def test_the_speeds_of_the_readme_are_what_was_measured():
         mine = [rows for other, rows in (measured | updates).items() if other.startswith(group) and other[-3:] == ".py"]
         if name[-3:] != ".py":
             row += f"{statistics.median(figures[0] for figures in mine[0]) / statistics.median(speeds):.2f} x"
-        assert row in README, row
+        rest = [statistics.median(column) for column in list(zip(*rounds, strict=True))[1:]]  # memory in GB; start in s
+        forms = ("{:.1f}", "{:.0f}") if name in updates else ("{:.1f}",)
+        cells = [form.format(figure) if figure else "" for form, figure in zip(forms, rest, strict=True)]
+        (line,) = [line for line in README.splitlines() if line.startswith(row)]
+        assert [cell.strip() for cell in line.split("|")][-1 - len(cells) : -1] == cells, (line, cells)
 
 
 def test_figures_in_the_prose_are_what_was_recorded():
@@ -236,6 +240,39 @@ def test_figures_in_the_prose_are_what_was_recorded():
         f"as its policy froze (entropy {entropy[150000]:.1f}, in the end {entropy[300000]:.1f})",
         f"it took {last[-1]['time'] / 60:.0f} minutes on one core",
         f"In {at_goomba} of the last 100 episodes Mario walked into the first goomba",
+    ):
+        assert sentence in prose, sentence
+
+
+def test_figures_beside_the_tables_are_what_was_recorded():
+    sys.path.append(str(ROOT / "benchmark"))
+    import record
+
+    def column(run, key):
+        return [row[key] for row in record.load(record.RESULTS / run)[1] if key in row]
+
+    def evaluated(run):
+        return [f"{mean:.0f}" for mean in column(run, "eval/return_mean")]
+
+    lander = [f"LunarLander-v3__a2c__{seed}" for seed in "123"]
+    landed = sum(paid >= 200 for run in lander for paid in column(run, "charts/episodic_return")[-100:])
+    hovered = sum(length == 1000 for run in lander for length in column(run, "charts/episodic_length")[-100:])
+    ended = [evaluated(f"{run}__5steps")[-1] for run in lander]
+    tens = {seed: ", ".join(evaluated(f"CartPole-v1__dreamerv3__{seed}__observations_x10")) for seed in "13"}
+    ones = {seed: ", ".join(evaluated(f"CartPole-v1__dreamerv3__{seed}")) for seed in "13"}
+    control = record.load(record.RESULTS / "dmc-cartpole-swingup-v0__dreamerv3__1__lr1.6e-4_stopped")[1]
+    late = [row["charts/episodic_return"] for row in control if "charts/episodic_return" in row]
+    late = late[-sum(2 * row["global_step"] > 30_000 for row in control if "charts/episodic_return" in row) :]
+    assert 140 < hovered < 170  # "about half"
+    assert (
+        column("Pendulum-v1__dreamerv3__1", "eval/return_mean")[1] > -200 and len(late) == 8
+    )  # the second, after 8,000
+    prose = " ".join(README.split())
+    for sentence in (
+        f"about half of its last episodes hover until time is up, {landed} of 300 return 200 or more.",
+        f"(rollouts of 5 steps) it ended at {ended[0]}, {ended[1]} and {ended[2]}.",
+        f"seed 3 gave {tens['3']} instead of {ones['3']}; seed 1 gave {tens['1']} instead of {ones['1']}.",
+        f"({statistics.mean(late):.0f} over its eight episodes after 30,000)",
     ):
         assert sentence in prose, sentence
 
