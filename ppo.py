@@ -749,7 +749,7 @@ class Run:
         print(f"The run {ending}; all is kept in {self.dir} as of step {kept:,}.")
         if code == 1:
             print(f"What failed, in full: {self.dir / 'error.txt'}")
-        if code:
+        if code and kept < self.args.last_step:  # else only the last evaluation was cut off
             print(f"Continue it: {command} --resume {self.dir}")
         print(f"Watch it: {command} --evaluate {self.dir} --capture-video")
         sys.exit(code)

@@ -357,6 +357,18 @@ def test_a_complete_run_goes_on_as_its_refusal_says(script, call, tmp_path, caps
     assert [episode["episodic_return"] for episode in recent] == played[-100:]  # the mean that is shown goes on, too
 
 
+def test_who_stops_the_last_evaluation_is_not_told_to_resume(script, call, tmp_path, monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "evaluate", stopped)
+    run = tmp_path / "run"
+    assert call(script, *tiny(script), "--eval-every", 0, "--run-dir", run) == 130
+    out = capsys.readouterr().out
+    assert "Continue it" not in out and f"--evaluate {run}" in out
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["global_step"] == metrics(run)[-1]["global_step"]
+
+
 class Stranger:
     def __reduce__(self):
         return Path.touch, (Path("touched"),)
