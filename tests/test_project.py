@@ -173,6 +173,17 @@ def test_the_speeds_of_the_readme_are_what_was_measured():
     measured = {}
     for section in json.loads((results / "speed.json").read_text()).values():
         measured |= section["results"]  # later ones count
+    sections = json.loads((results / "speed.json").read_text())
+    ratios = []
+    for section in ("Mario, PPO, 3 rounds with a later commit", "Mario, 1 round"):
+        rounds = sections[section]["results"]
+        pairs = zip(rounds["Mario, PPO: ppo.py"], rounds["Mario, PPO: SB3, Gymnasium's wrappers"], strict=True)
+        ratios += [f"{ours[0] / theirs[0]:.2f}" for ours, theirs in pairs]
+    sentence = "three rounds gave {}, {} and {} x SB3 with Gymnasium's wrappers, a single round before {}."
+    assert sentence.format(*ratios) in " ".join(README.split())
+    rounds = sections["CartPole, PPO, 3 rounds with a later commit"]["results"]
+    ours, theirs = (statistics.median(f[0] for f in rounds[f"CartPole, PPO: {name}"]) for name in ("ppo.py", "SB3"))
+    assert f"{ours / theirs:.2f} x SB3 before ({ours:,.0f} and {theirs:,.0f} steps/s)" in " ".join(README.split())
     (updates,) = [v for k, v in json.loads((results / "speed_dreamer.json").read_text()).items() if "gradient" in k]
     for name, rounds in (measured | updates).items():
         group, form = name.split(":")[0], "{:.2f}" if name in updates else "{:,.0f}"
