@@ -104,7 +104,7 @@ def mario_ppo(mode: str):
     draw(left, runs, "charts/x_pos", points, "ppo")
     draw(right, runs, "charts/flag", points, "ppo")
     left.set(xlabel="agent steps", ylabel="mean x, last 100 episodes", ylim=(0, 3300))
-    right.set(xlabel="agent steps", ylabel="reached the flag, last 100 episodes", ylim=(0, 1))
+    right.set(xlabel="agent steps", ylabel="flag, last 100 episodes", ylim=(0, 1))
     right.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
     thousands(left)
     thousands(right)
