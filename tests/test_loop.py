@@ -458,6 +458,18 @@ def test_the_best_checkpoint_is_that_of_the_best_evaluation(rung, call, tmp_path
     assert f"4 episodes, return {real[2]['eval/return_mean']:.1f} +- " in capsys.readouterr().out
 
 
+def test_evaluations_do_not_play_the_episodes_of_training(rung, call, tmp_path, monkeypatch):
+    reset, seeds = rung.Envs.reset, []
+    monkeypatch.setattr(rung.Envs, "reset", lambda envs, seed: seeds.append((envs, seed)) or reset(envs, seed))
+    flags = [*short(rung.SCRIPT), "--env", "CartPole-v1", "--total-timesteps", 64]
+    assert call(rung, *flags, "--run-dir", tmp_path / "run") == 0
+    drawn = {id(envs): set() for envs, _ in seeds}
+    for envs, seed in seeds:
+        drawn[id(envs)] |= set(np.random.SeedSequence(seed).generate_state(2))
+    training, evaluation = drawn.values()
+    assert training and evaluation and not training & evaluation
+
+
 def test_evaluating_changes_nothing(rung, call, tmp_path):
     for every in (32, 0):
         flags = [*short(rung.SCRIPT), "--total-timesteps", 320, "--eval-every", every]
