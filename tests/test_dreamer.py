@@ -394,7 +394,7 @@ def test_behaviour_losses_by_definition(true_root):
     R = values[-1]
     for k in reversed(range(H)):
         R = rewards[k + 1] + going_on[k + 1] * (0.05 * values[k + 1] + 0.95 * R)
-        torch.testing.assert_close(returns[k], R)
+        torch.testing.assert_close(returns[k], R, rtol=1e-5, atol=1e-5)
     low, high = np.percentile(returns.detach(), [5, 95])
     range_ = 0.99 * np.array([-50, 50]) + 0.01 * np.array([low, high])
     torch.testing.assert_close(agent.range, torch.tensor(range_, dtype=torch.float32))
@@ -600,12 +600,11 @@ def test_the_online_queue_serves_each_step_once_in_order(tmp_path):
     replay, served = replay_of(tmp_path), []
     for _ in range(40):
         fill(replay, 1)
-        while replay.online:
+        while waiting := len(replay.online):
             rows, streams = replay.sample()
-            served.append(replay.columns["vector"][rows, streams].squeeze(-1))
-    begins = [int(x) for window in served for x in window[0]]
-    fresh = [100 * t + i for t in range(1, 36, 5) for i in range(3)]
-    assert [x for x in begins if x in fresh][: len(fresh)] == fresh and begins[:3] == [100, 101, 102]
+            window = replay.columns["vector"][rows, streams].squeeze(-1)
+            served += [int(x) for x in window[0][:waiting]]  # the rest of the batch is drawn at random
+    assert served == [100 * t + i for t in range(1, 36, 5) for i in range(3)]
 
 
 def test_a_fresh_window_that_was_overwritten_is_not_served(tmp_path):
