@@ -242,7 +242,7 @@ def test_figures_in_the_prose_are_what_was_recorded():
         f"the first goomba (x = {x('reinforce__1__lr1e-3', 3e5)})",
         f"actor-critic had {x('actor_critic__1', 15e4)} after 150,000 steps",
         f"it falls to {x('actor_critic__1', 3e5)}",
-        f"promised {statistics.median(kept):.0%}".replace("%", " %"),
+        f"The median update brought {statistics.median(kept):.0%} of".replace("%", " %"),
         f"(mean x of its 51 episodes {x('dreamerv3__1', 12e3)};",
         f"PPO's seeds {x('ppo__1', 12e3)} and {x('ppo__2', 12e3)})",
         f"(last 100 episodes {x('dreamerv3__1', 41101)}; {x('ppo__1', 41101)} and {x('ppo__2', 41101)})",
