@@ -265,7 +265,7 @@ class Senses(gym.Wrapper):
         self.discrete = isinstance(actions, gym.spaces.Discrete)
         if not self.discrete:
             bounded = np.isfinite(actions.low) & np.isfinite(actions.high)
-            self.low, self.high = np.where(bounded, actions.low, -1), np.where(bounded, actions.high, 1)
+            self.low, self.high = np.where(bounded, actions.low, -1.0), np.where(bounded, actions.high, 1.0)
             self.limit = np.where(bounded, 1, np.inf)
         self.action_space = gym.spaces.Box(-1, 1, (int(actions.n) if self.discrete else math.prod(actions.shape),))
 

@@ -185,9 +185,29 @@ class FromOne(Constant):
         return super().step(action)
 
 
+class Scalar(Constant):
+    """A number without axes is observed."""
+
+    observation_space = gym.spaces.Box(-1, 1, (), np.float32)
+
+    def reset(self, **kwargs):
+        return np.float32(0.5), super().reset(**kwargs)[1]
+
+    def step(self, action):
+        return np.float32(0.5), *super().step(action)[1:]
+
+
+class ByteActions(Constant):
+    action_space = gym.spaces.Box(0, 255, (1,), np.uint8)
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        return super().step(action)
+
+
 for probe, limit in {
     Constant: 5, OneStep: None, Delayed: None, Copycat: None, Loud: None, Diary: None, Clockwork: None, Screen: None,
     TwoLengths: None, Breaks: 200, NotANumber: 200, Both: 5, BoxActions: 5, DictObs: 5, FromOne: 5,
-    ManyActions: 5, Words: 5,
+    ManyActions: 5, Words: 5, Scalar: 5, ByteActions: 5,
 }.items():  # fmt: skip
     gym.register(f"{probe.__name__}-v0", entry_point=probe, max_episode_steps=limit)

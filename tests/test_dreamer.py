@@ -944,9 +944,9 @@ def test_a_dead_mario_is_terminal(tmp_path):
     assert envs.terminated[0] and not envs.truncated[0] and envs.finished[0]["flag"] == 0
 
 
-@pytest.mark.parametrize("env", ["probes:FromOne-v0", "probes:BoxActions-v0", "probes:DictObs-v0", "probes:Screen-v0"])
+@pytest.mark.parametrize("env", ["FromOne", "BoxActions", "ByteActions", "DictObs", "Scalar", "Screen"])
 def test_other_spaces_run(env, call, tmp_path):
-    flags = [*short("dreamerv3"), "--env", env, "--total-timesteps", 24, "--run-dir", tmp_path / "run"]
+    flags = [*short("dreamerv3"), "--env", f"probes:{env}-v0", "--total-timesteps", 24, "--run-dir", tmp_path / "run"]
     assert call(d, *flags) == 0
     assert metrics(tmp_path / "run")[-1]["eval/episodes"] == 2
 

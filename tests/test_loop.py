@@ -400,8 +400,9 @@ def test_threads_change_nothing(ppo):
         np.testing.assert_array_equal(a, b)
 
 
-def test_actions_that_do_not_start_at_zero(rung, call, tmp_path):
-    flags = [*short(rung.SCRIPT), "--env", "probes:FromOne-v0", "--total-timesteps", 64]
+@pytest.mark.parametrize("env", ["FromOne", "Scalar"])
+def test_other_spaces_run(env, rung, call, tmp_path):
+    flags = [*short(rung.SCRIPT), "--env", f"probes:{env}-v0", "--total-timesteps", 64]
     assert call(rung, *flags, "--run-dir", tmp_path / "run") == 0
 
 
