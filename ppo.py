@@ -711,6 +711,7 @@ class Run:
         if evaluating:
             video = self.dir / "videos" / f"{self.global_step}.mp4" if self.args.capture_video else None
             self.envs = self.envs or eval_envs(self.args)
+            self.bar.set_postfix_str(f"evaluating, {self.args.eval_episodes} episodes")  # it can take a while
             result = evaluate(self.parts["agent"], self.envs, self.args.eval_episodes, self.args.seed, video)
             self.write(result, video)
             self.bar.write(f"evaluation at step {self.global_step:,}: {summary(result)}")

@@ -69,6 +69,14 @@ def test_progress_lines_without_a_terminal(script, call, tmp_path, capsys, monke
     assert sum("return" in line for line in lines) > len(lines) / 2  # as soon as an episode has ended
 
 
+def test_a_terminal_shows_a_bar_which_says_what_takes_its_time(script, call, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert call(script, *short(script.SCRIPT), "--total-timesteps", 64, "--run-dir", tmp_path / "run") == 0
+    out, err = capsys.readouterr()
+    assert "64/64" in err and "evaluating, 2 episodes" in err
+    assert "steps/s, return" not in out  # the lines of a run without a terminal
+
+
 def test_mario_figures_and_a_video_in_which_things_move(script, call, tmp_path, capsys):
     run = tmp_path / "run"
     flags = [*tiny(script), "--env", "SuperMarioBros-1-1-v0", "--capture-video", "--run-dir", run]
