@@ -51,8 +51,8 @@ come is then drawn from the wreck.
         --ent-coef 0 --eval-episodes 100
 
 Measured on 2 x86-64 cores without a GPU (flags, commits and curves in benchmark/results): over 100 episodes CartPole-v1
-returns 500 for seeds 1 to 5, Acrobot-v1 -84, -88 and -82 for seeds 1 to 3. Super Mario Bros 1-1, seed 1, 300,000
-steps: mean x = 879 over the last 100 episodes, one flag in all 2,504.
+returns 500 for seeds 1 to 5, Acrobot-v1 -84, -88 and -82 for seeds 1 to 3. Super Mario Bros 1-1, seeds 1 and 2, 300,000
+steps: mean x = 879 and 748 over the last 100 episodes, 1 and 5 flags in all.
 
 Mnih et al. 2016, arXiv 1602.01783 (A3C); Schulman et al. 2016, arXiv 1506.02438 (GAE); Mnih et al. 2015, doi
 10.1038/nature14236 (the images).

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.12"
 # ///
-"""Keep what a run showed, and draw up the tables of the README from what was kept.
+"""Keep what a run showed, and print the tables of the README from what was kept.
 
     uv run benchmark/record.py runs/<run> ...     # copy its config and compressed metrics to benchmark/results/
     uv run benchmark/record.py                    # print the tables
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+MARIO = "SuperMarioBros-1-1-v0"
 LADDER = ["reinforce", "reinforce_baseline", "actor_critic", "a2c", "trpo", "ppo", "dreamerv3"]
 
 
@@ -91,21 +92,26 @@ def default_speeds() -> dict[str, float]:
 
 
 def mario_ladder(folders: list[Path], budget: int = 300_000) -> str:
-    """What each script had shown after so many agent steps of training: all its episodes, and the last 100 of them."""
-    speeds = default_speeds()
-    lines = [
-        "| script | agent steps | mean x | best x | flags, last 100 | flags, all | return | episodes | steps/s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for folder in sorted(folders, key=lambda folder: LADDER.index(load(folder)[0]["script"])):
-        config, rows = load(folder)
-        episodes = [row for row in rows if "charts/flag" in row and row["global_step"] <= budget]
-        recent, best = episodes[-100:], max(row["charts/x_pos"] for row in episodes)
-        flags = [sum(row["charts/flag"] for row in some) for some in (recent, episodes)]
-        x, paid = (statistics.mean(row[f"charts/{key}"] for row in recent) for key in ("x_pos", "episodic_return"))
-        name = f"`{config['script']}.py` | {min(budget, rows[-1]['global_step']):,}"
-        counts = f"{flags[0]} | {flags[1]} | {paid:,.0f} | {len(episodes):,} | {speeds[config['script']]:.0f}"
-        lines.append(f"| {name} | {x:,.0f} | {best:,} | {counts} |")
+    """What each script had shown after so many agent steps of training: all its episodes, and the last 100 of them;
+    what stands between slashes is one seed each."""
+    speeds, runs = default_speeds(), {script: [] for script in LADDER}
+    for folder in folders:
+        runs[json.loads((folder / "config.json").read_text())["script"]].append(load(folder))
+    heads = "script|seeds|agent steps|mean x|best x|flags, last 100|flags, all|return|episodes|steps/s".split("|")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for script, seeds in runs.items():
+        cells = []
+        for config, rows in sorted(seeds, key=lambda run: run[0]["seed"]):
+            episodes = [row for row in rows if "charts/flag" in row and row["global_step"] <= budget]
+            recent, best = episodes[-100:], max(row["charts/x_pos"] for row in episodes)
+            flags = [sum(row["charts/flag"] for row in some) for some in (recent, episodes)]
+            x, paid = (statistics.mean(row[f"charts/{key}"] for row in recent) for key in ("x_pos", "episodic_return"))
+            steps = min(budget, rows[-1]["global_step"])
+            counts = *flags, f"{paid:,.0f}", f"{len(episodes):,}"
+            cells.append((config["seed"], f"{steps:,}", f"{x:,.0f}", f"{best:,}", *counts))
+        columns = [" / ".join(map(str, column)) for column in zip(*cells, strict=True)]
+        columns[1] = cells[0][1] if len({cell[1] for cell in cells}) == 1 else columns[1]
+        lines.append(f"| `{script}.py` | {' | '.join(columns)} | {speeds[script]:.0f} |")
     return "\n".join(lines)
 
 
@@ -130,6 +136,13 @@ def control_table() -> str:
     return "\n".join(lines)
 
 
+def updates(config: dict, step: int) -> str:
+    """How many updates DreamerV3 has made by then, in hundreds: the first when it can replay a batch."""
+    batch = config["batch_size"] * config["batch_length"]
+    played = step - batch - config["num_envs"] * config["batch_length"]
+    return f"{round(played * config['train_ratio'] / batch, -2):,.0f}"
+
+
 def catch_table(every: int = 5000) -> str:
     """benchmark/catch.py: what DreamerV3's model misses of the picture, what its last 100 episodes of training earn,
     and what PPO's do; what stands between slashes is one seed each."""
@@ -144,25 +157,42 @@ def catch_table(every: int = 5000) -> str:
 
     lines = ["| agent steps | updates | image loss, seed 1 / 2 | return | return of PPO |", "|---|---|---|---|---|"]
     for step in range(every, dreams[1][1][-1]["global_step"] + 1, every):
-        flags = dreams[1][0]
-        batch = flags["batch_size"] * flags["batch_length"]
-        updates = (step - batch - flags["num_envs"] * flags["batch_length"]) * flags["train_ratio"] / batch
         paid = [cell(runs, step, "charts/episodic_return", 100) for runs in (dreams, plays)]
-        lines.append(
-            f"| {step:,} | {round(updates, -2):,.0f} | {cell(dreams, step, 'losses/image', 1)} | {' | '.join(paid)} |"
-        )
+        image = cell(dreams, step, "losses/image", 1)
+        lines.append(f"| {step:,} | {updates(dreams[1][0], step)} | {image} | {' | '.join(paid)} |")
+    return "\n".join(lines)
+
+
+def dreams_of_mario(every: int = 20_000) -> str:
+    """DreamerV3 on Mario beside PPO: what its model misses of the picture, how far the last 100 episodes of training
+    came, how many have reached the flag so far; what stands between slashes is one seed of PPO each."""
+    (config, dreams), *plays = (load(RESULTS / f"{MARIO}__{run}") for run in ("dreamerv3__1", "ppo__1", "ppo__2"))
+    lines = ["| agent steps | updates | image loss | mean x | of PPO | flags | of PPO | minutes | of PPO |"]
+    lines += ["|---" * 9 + "|"]
+    for step in range(every, dreams[-1]["global_step"] + every // 20, every):
+        cells = []
+        for rows in (dreams, *(rows for _, rows in plays)):
+            before = [row for row in rows if row["global_step"] <= step]
+            flags = [row["charts/flag"] for row in before if "charts/flag" in row]
+            x = statistics.mean([row["charts/x_pos"] for row in before if "charts/x_pos" in row][-100:])
+            cells.append((f"{x:,.0f}", f"{sum(flags)}", f"{before[-1]['time'] / 60:.0f}"))
+        image = [row["losses/image"] for row in dreams if "losses/image" in row and row["global_step"] <= step][-1]
+        figures = [f"{step:,}", updates(config, step), f"{image:.1f}"]
+        for mine, *theirs in zip(*cells, strict=True):
+            figures += [mine, " / ".join(theirs)]
+        lines.append(f"| {' | '.join(figures)} |")
     return "\n".join(lines)
 
 
 def tables() -> dict[str, str]:
     """All tables of the README that come from recorded runs, by their headings."""
     folders = sorted(path.parent for path in RESULTS.glob("*/metrics.jsonl.gz") if path.parent.name.count("__") == 2)
-    mario = [path for path in folders if path.name.startswith("SuperMarioBros-1-1") and path.name.endswith("__1")]
+    mario = [path for path in folders if path.name.startswith(MARIO)]
     found = {"Last evaluations": final_table(folders)}
-    found["Mario, the first 300,000 steps of training, seed 1"] = mario_ladder(mario)
-    ppo = [path for path in folders if path.name.startswith("SuperMarioBros-1-1-v0__ppo")]
+    found["Mario, the first 300,000 steps of training"] = mario_ladder(mario)
+    ppo = [path for path in folders if path.name.startswith(f"{MARIO}__ppo")]
     found |= {"Mario, PPO": mario_table(ppo), "Cartpole swing-up, DreamerV3": control_table()}
-    return found | {"Catch": catch_table()}
+    return found | {"Mario, DreamerV3 beside PPO": dreams_of_mario(), "Catch": catch_table()}
 
 
 def main() -> None:

@@ -288,6 +288,33 @@ def test_figures_beside_the_tables_are_what_was_recorded():
         assert sentence in prose, sentence
 
 
+def test_figures_in_the_docstrings_are_what_was_recorded():
+    sys.path.append(str(ROOT / "benchmark"))
+    import record
+
+    def listed(figures):
+        return figures[0] if len(set(figures)) == 1 else ", ".join(figures[:-1]) + " and " + figures[-1]
+
+    for name in SCRIPTS[:-1]:
+        doc = " ".join(__import__(name).__doc__.split())
+        for env in ("CartPole-v1", "Acrobot-v1", "LunarLander-v3"):
+            runs = sorted(path for path in record.RESULTS.glob(f"{env}__{name}__*") if path.name.count("__") == 2)
+            rows = [[row for row in record.load(run)[1] if "eval/return_mean" in row][-1] for run in runs]
+            if runs and env in doc:
+                assert {row["eval/episodes"] for row in rows} == {100}
+                returns = listed([f"{row['eval/return_mean']:.0f}" for row in rows])
+                assert re.search(rf"{env} (returns )?{returns}[ ,].*for seeds 1 to {len(runs)}", doc), (name, env, returns)
+        if name == "ppo":  # its long runs stand in the README
+            continue
+        mario = [record.load(run)[1] for run in sorted(record.RESULTS.glob(f"SuperMarioBros-1-1-v0__{name}__?"))]
+        episodes = [[row for row in rows if "charts/flag" in row and row["global_step"] <= 3e5] for rows in mario]
+        x = listed([f"{statistics.mean(row['charts/x_pos'] for row in run[-100:]):,.0f}" for run in episodes])
+        flags = listed([str(sum(row["charts/flag"] for row in run)) for run in episodes])
+        seeds = "seed 1" if len(mario) == 1 else "seeds 1 and 2"
+        text = f"Super Mario Bros 1-1, {seeds}, 300,000 steps: mean x = {x} over the last 100 episodes, {flags} flags"
+        assert f"{text} in all" in doc, (name, text)
+
+
 def test_returns_of_dreamer_beside_sheeprl_are_what_was_recorded():
     sys.path.append(str(ROOT / "benchmark"))
     import record
