@@ -515,7 +515,8 @@ class Run:
         self.file.seek(self.file.truncate(whole))  # what followed is played again
         self.began = time.time() - state.get("seconds", 0)
         self.clock, self.shown, self.sps = (time.time(), self.global_step), time.time(), 0.0
-        self.recent, self.figures, self.wandb = deque(state.get("recent", ()), 100), [], None
+        self.recent, self.sums, self.wandb = deque(state.get("recent", ()), 100), {}, None
+        self.updates = 0  # whose figures are in the sums
         total, hidden = args.total_timesteps, not sys.stderr.isatty()
         look = {"unit": " steps", "smoothing": 0, "dynamic_ncols": True}  # the mean speed, updates included
         self.bar = tqdm(total=total, initial=self.global_step, disable=hidden, **look)
@@ -611,19 +612,21 @@ class Run:
     def end_update(self, figures: dict) -> None:
         """Log the figures of the update, evaluate and save, each when it is due."""
         torch.set_num_threads(1)
-        self.figures.append({name: float(figure) for name, figure in figures.items()})
-        if not all(map(math.isfinite, self.figures[-1].values())):
+        figures = {name: float(figure) for name, figure in figures.items()}
+        if not all(map(math.isfinite, figures.values())):
             raise FloatingPointError("a loss or a gradient is no longer finite; try a smaller --learning-rate")
+        self.sums = {name: self.sums.get(name, 0) + figure for name, figure in figures.items()}
+        self.updates += 1
         logging, evaluating, saving = (
             self.global_step >= self.args.last_step or (every > 0 and self.global_step // every > self.updated // every)
             for every in (self.args.log_every, self.args.eval_every, self.args.save_every)
         )
         self.updated = self.global_step
         if logging:
-            means = {name: sum(f[name] for f in self.figures) / len(self.figures) for name in figures}
+            means = {name: total / self.updates for name, total in self.sums.items()}
             self.sps = (self.global_step - self.clock[1]) / (time.time() - self.clock[0])
             self.write(means | {"charts/SPS": self.sps})
-            self.figures = []
+            self.sums, self.updates = {}, 0
         self.mark()
         self.updating = False
         if self.signal:

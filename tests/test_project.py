@@ -303,7 +303,8 @@ def test_figures_in_the_docstrings_are_what_was_recorded():
             if runs and env in doc:
                 assert {row["eval/episodes"] for row in rows} == {100}
                 returns = listed([f"{row['eval/return_mean']:.0f}" for row in rows])
-                assert re.search(rf"{env} (returns )?{returns}[ ,].*for seeds 1 to {len(runs)}", doc), (name, env, returns)
+                said = rf"{env} (returns )?{returns}[ ,].*for seeds 1 to {len(runs)}"
+                assert re.search(said, doc), (name, said)
         if name == "ppo":  # its long runs stand in the README
             continue
         mario = [record.load(run)[1] for run in sorted(record.RESULTS.glob(f"SuperMarioBros-1-1-v0__{name}__?"))]
