@@ -230,8 +230,19 @@ def test_figures_in_the_prose_are_what_was_recorded():
     entropy = {
         row["global_step"]: row["losses/entropy"] for row in run("actor_critic__1")[1] if "losses/entropy" in row
     }
-    dreamer, last = run("dreamerv3__1")
-    at_goomba = sum(episode["charts/x_pos"] < 330 for episode in dreamer[-100:])
+    dreamer, rows = run("dreamerv3__1")
+    stopped, minutes = rows[-1]["global_step"], rows[-1]["time"] / 60
+    reached = statistics.mean(episode["charts/x_pos"] for episode in dreamer[-100:])
+    flags = [episode["global_step"] for episode in dreamer if episode["charts/flag"]]
+    as_far = []
+    for seed in "12":  # when PPO's last 100 episodes came as far
+        episodes, _ = run(f"ppo__{seed}")
+        ends = range(100, len(episodes))
+        far = (i for i in ends if statistics.mean(e["charts/x_pos"] for e in episodes[i - 100 : i]) >= reached)
+        as_far.append(episodes[next(far) - 1])
+    more = [f"{episode['global_step'] / dreamer[-1]['global_step']:.1f}" for episode in as_far]
+    earlier, rows = run("dreamerv3__1__stopped")
+    at_goomba = sum(episode["charts/x_pos"] < 330 for episode in earlier[-100:])
     promised = [row for row in run("trpo__1")[1] if "losses/kl" in row]
     kept = [row["losses/improvement"] / row["losses/expected_improvement"] for row in promised]
     for sentence in (
@@ -243,14 +254,16 @@ def test_figures_in_the_prose_are_what_was_recorded():
         f"actor-critic had {x('actor_critic__1', 15e4)} after 150,000 steps",
         f"it falls to {x('actor_critic__1', 3e5)}",
         f"The median update brought {statistics.median(kept):.0%} of".replace("%", " %"),
-        f"(mean x of its 51 episodes {x('dreamerv3__1', 12e3)};",
-        f"PPO's seeds {x('ppo__1', 12e3)} and {x('ppo__2', 12e3)})",
-        f"(last 100 episodes {x('dreamerv3__1', 41101)}; {x('ppo__1', 41101)} and {x('ppo__2', 41101)})",
+        f"PPO needed **{more[0]} and {more[1]} times** as many (two seeds)",
+        f"Where it was stopped, at step {stopped:,}, the mean x of the last 100 episodes was {reached:,.0f}, and one "
+        f"episode had reached the flag, at step {flags[0]:,}.",
+        f"as far after {as_far[0]['global_step']:,} and {as_far[1]['global_step']:,} steps, but in "
+        f"{as_far[0]['time'] / 60:.0f} and {as_far[1]['time'] / 60:.0f} minutes: DreamerV3 had taken {minutes:.0f}, on",
+        f"was at {x('dreamerv3__1__stopped', 1e9)} when it was stopped at step {rows[-1]['global_step']:,}, where "
+        f"{at_goomba} of the last 100 episodes ended at the first goomba",
         f"came to a mean x of {x('dreamerv3__1__12m_stopped', 4e4)}.",
         f"fell to {fell[0][0]} as late as {fell[0][1]} for seed 1, to {fell[1][0]} at {fell[1][1]} for seed 2",
         f"as its policy froze (entropy {entropy[150000]:.1f}, in the end {entropy[300000]:.1f})",
-        f"it took {last[-1]['time'] / 60:.0f} minutes on one core",
-        f"In {at_goomba} of the last 100 episodes Mario walked into the first goomba",
     ):
         assert sentence in prose, sentence
 
@@ -314,6 +327,13 @@ def test_figures_in_the_docstrings_are_what_was_recorded():
         seeds = "seed 1" if len(mario) == 1 else "seeds 1 and 2"
         text = f"Super Mario Bros 1-1, {seeds}, 300,000 steps: mean x = {x} over the last 100 episodes, {flags} flags"
         assert f"{text} in all" in doc, (name, text)
+
+    dreams = record.load(record.RESULTS / "SuperMarioBros-1-1-v0__dreamerv3__1")[1]
+    episodes = [row for row in dreams if "charts/flag" in row]
+    text = f"stopped at step {dreams[-1]['global_step']:,}: mean x = "
+    text += f"{statistics.mean(row['charts/x_pos'] for row in episodes[-100:]):,.0f} over the last 100 episodes, "
+    text += f"{sum(row['charts/flag'] for row in episodes)} flag in all"
+    assert text in " ".join(__import__("dreamerv3").__doc__.split()), text
 
 
 def test_returns_of_dreamer_beside_sheeprl_are_what_was_recorded():
