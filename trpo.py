@@ -272,7 +272,7 @@ class Envs:
         space, actions = self.envs[0].observation_space, self.envs[0].action_space
         self.image = isinstance(self.envs[0], Frames)
         self.num_actions, self.first_action = int(actions.n), int(actions.start)
-        self.obs = np.zeros((num_envs, *(space.shape or (1,))), np.uint8 if self.image else np.float32)
+        self.obs = np.zeros((num_envs, *(space.shape or (1,))), np.uint8 if self.image else np.float32)  # () as (1,)
         self.final_obs, self.finished = self.obs.copy(), {}
         self.rewards, self.returns, self.lengths = np.zeros((3, num_envs))
         self.terminated, self.truncated = np.zeros((2, num_envs), bool)

@@ -254,6 +254,7 @@ def test_figures_in_the_prose_are_what_was_recorded():
         f"actor-critic had {x('actor_critic__1', 15e4)} after 150,000 steps",
         f"it falls to {x('actor_critic__1', 3e5)}",
         f"The median update brought {statistics.median(kept):.0%} of".replace("%", " %"),
+        f"evaluations and all, made {stopped / minutes / 60:.0f} steps/s",
         f"PPO needed **{more[0]} and {more[1]} times** as many (two seeds)",
         f"Where it was stopped, at step {stopped:,}, the mean x of the last 100 episodes was {reached:,.0f}, and one "
         f"episode had reached the flag, at step {flags[0]:,}.",
