@@ -249,6 +249,18 @@ def test_encoder_and_decoder_by_hand():
     torch.testing.assert_close(out["vector"], net.mlp(torch.cat([stoch, deter], -1)))
 
 
+def test_a_doubled_image_is_convolved_as_if_it_had_been_drawn():
+    shapes = (2, 3, 4, 6), (5, 3, 5, 5), (5,)
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    x, weight, bias = inputs
+    large = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    expected, out = F.conv2d(large, weight, bias, padding=2), d.doubled_conv(x, weight, bias)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    toward = torch.randn_like(out)
+    grads = [torch.autograd.grad(images, inputs, toward) for images in (out, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+
+
 def test_bfloat16_is_close_to_float32_and_reaches_every_weight():
     agents = [agent_of(IMAGE | VECTOR, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     results = []
