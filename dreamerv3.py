@@ -551,8 +551,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        return (wide * (wide.square().mean(-1, keepdim=True) + 1e-4).rsqrt() * self.scale).to(x.dtype)
+        return F.rms_norm(x.float(), self.scale.shape, self.scale, 1e-4).to(x.dtype)
 
 
 def mlp(n_in: int, units: int, layers: int, n_out: int = 0, scale: float = 1.0) -> nn.Sequential:
