@@ -288,9 +288,8 @@ def test_a_reset_inside_a_sequence_is_a_fresh_start_and_leaks_no_gradient():
     batch["deter"].requires_grad_()
     torch.manual_seed(5)
     deter, stoch, _ = d.observe(agent, batch)
-    noise = torch.empty(6, 3, 32, 4)
     torch.manual_seed(5)
-    noise.exponential_()  # what observe has drawn
+    noise = d.exponential(deter, 6, 3, 32, 4)  # what observe has drawn
     zero_deter, zero_stoch, zero_action = agent.initial(1)
     token = agent.encoder({"vector": batch["vector"][3, :1]})
     fresh = agent.rssm.observe(zero_deter, zero_stoch, zero_action, token, noise[2, :1])
@@ -307,7 +306,7 @@ def test_a_sequence_begins_in_the_stored_state_with_the_stored_action():
     torch.manual_seed(5)
     deter, stoch, logits = d.observe(agent, batch)
     torch.manual_seed(5)
-    noise = torch.empty(6, 3, 32, 4).exponential_()
+    noise = d.exponential(deter, 6, 3, 32, 4)
     old = F.one_hot(batch["stoch"][0].long(), 4).float().flatten(1)
     token = agent.encoder({"vector": batch["vector"][1]})
     step = agent.rssm.observe(batch["deter"][0], old, batch["action"][0], token, noise[0])
