@@ -243,12 +243,18 @@ def test_figures_in_the_prose_are_what_was_recorded():
     more = [f"{episode['global_step'] / dreamer[-1]['global_step']:.1f}" for episode in as_far]
     earlier, rows = run("dreamerv3__1__stopped")
     at_goomba = sum(episode["charts/x_pos"] < 330 for episode in earlier[-100:])
+    flagged = [
+        sum(episode["charts/flag"] for seed in "12" for episode in run(f"{name}__{seed}")[0])
+        for name in ("reinforce", "reinforce_baseline")
+    ]
     promised = [row for row in run("trpo__1")[1] if "losses/kl" in row]
     kept = [row["losses/improvement"] / row["losses/expected_improvement"] for row in promised]
     for sentence in (
         text,
-        f"a mean x of {x('reinforce__1', 1e5)} in 100,000 steps and of {x('reinforce__1', 3e5)} in 300,000",
-        f"x = {x('reinforce_baseline__1', 3e5)} with it, {x('reinforce__1', 3e5)} without",
+        f"a mean x of {x('reinforce__1', 1e5)} and {x('reinforce__2', 1e5)} in 100,000 steps, "
+        f"and of {x('reinforce__1', 3e5)} and {x('reinforce__2', 3e5)} in 300,000",
+        f"x = {x('reinforce_baseline__1', 3e5)} and {x('reinforce_baseline__2', 3e5)} with it, "
+        f"{x('reinforce__1', 3e5)} and {x('reinforce__2', 3e5)} without, and {flagged[1]} flags against {flagged[0]};",
         f"the baseline holds out ({x('reinforce_baseline__1__lr1e-3', 3e5)})",
         f"the first goomba (x = {x('reinforce__1__lr1e-3', 3e5)})",
         f"actor-critic had {x('actor_critic__1', 15e4)} after 150,000 steps",
