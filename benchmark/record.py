@@ -184,6 +184,23 @@ def dreams_of_mario(every: int = 20_000) -> str:
     return "\n".join(lines)
 
 
+def replayed_more(every: int = 5_000) -> str:
+    """DreamerV3 on Mario with each step replayed 256 and 64 times, beside PPO: the last 100 episodes of training."""
+    names = "dreamerv3__1__ratio256_stopped", "dreamerv3__1", "ppo__1", "ppo__2"
+    runs = [load(RESULTS / f"{MARIO}__{name}") for name in names]
+    heads = "agent steps|updates|at ratio 64|image loss|at ratio 64|mean x|at ratio 64|of PPO|minutes|at ratio 64"
+    lines = [f"| {heads.replace('|', ' | ')} |", "|---" * 10 + "|"]
+    for step in range(every, runs[0][1][-1]["global_step"] + 1, every):
+        before = [[row for row in rows if row["global_step"] <= step] for _, rows in runs]
+        x = [statistics.mean([r["charts/x_pos"] for r in rows if "charts/x_pos" in r][-100:]) for rows in before]
+        x = [f"{mean:,.0f}" for mean in x]
+        image = [f"{[r['losses/image'] for r in rows if 'losses/image' in r][-1]:.1f}" for rows in before[:2]]
+        figures = [f"{step:,}", *(updates(config, step) for config, _ in runs[:2]), *image]
+        figures += [*x[:2], " / ".join(x[2:]), *(f"{rows[-1]['time'] / 60:.0f}" for rows in before[:2])]
+        lines.append(f"| {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     """All tables of the README that come from recorded runs, by their headings."""
     folders = sorted(path.parent for path in RESULTS.glob("*/metrics.jsonl.gz") if path.parent.name.count("__") == 2)
@@ -192,7 +209,8 @@ def tables() -> dict[str, str]:
     found["Mario, the first 300,000 steps of training"] = mario_ladder(mario)
     ppo = [path for path in folders if path.name.startswith(f"{MARIO}__ppo")]
     found |= {"Mario, PPO": mario_table(ppo), "Cartpole swing-up, DreamerV3": control_table()}
-    return found | {"Mario, DreamerV3 beside PPO": dreams_of_mario(), "Catch": catch_table()}
+    found |= {"Mario, DreamerV3 beside PPO": dreams_of_mario(), "Mario, more replay": replayed_more()}
+    return found | {"Catch": catch_table()}
 
 
 def main() -> None:

@@ -249,8 +249,24 @@ def test_figures_in_the_prose_are_what_was_recorded():
     ]
     promised = [row for row in run("trpo__1")[1] if "losses/kl" in row]
     kept = [row["losses/improvement"] / row["losses/expected_improvement"] for row in promised]
+    more_replay, metrics = run("dreamerv3__1__ratio256_stopped")
+    came_to = statistics.mean(episode["charts/x_pos"] for episode in more_replay[-100:])
+    by_ratio = [(metrics[-1]["global_step"], metrics[-1]["time"] / 60)]
+    for name in ("dreamerv3__1", "ppo__1", "ppo__2"):  # when the last 100 episodes came as far
+        episodes, _ = run(name)
+        ends = range(100, len(episodes) + 1)
+        far = (i for i in ends if statistics.mean(e["charts/x_pos"] for e in episodes[i - 100 : i]) >= came_to)
+        episode = episodes[next(far) - 1]
+        by_ratio.append((episode["global_step"] / by_ratio[0][0], episode["time"] / 60))
+    (end, own), (slow, minutes_64), *others = by_ratio
+    in_pit = sum(1100 <= episode["charts/x_pos"] <= 1140 for episode in more_replay[-100:])
     for sentence in (
         text,
+        f"otherwise with the same flags, stopped at step {end:,}:",
+        f"The mean x of {came_to:,.0f} that it had reached in the end took the run with ratio 64 {slow:.1f} times as "
+        f"many steps, but no more minutes ({minutes_64:.0f}, against {own:.0f}), and PPO {others[0][0]:.1f} and "
+        f"{others[1][0]:.1f} times as many, in {others[0][1]:.0f} minutes each.",
+        f"In {in_pit} of its last 100 episodes",
         f"a mean x of {x('reinforce__1', 1e5)} and {x('reinforce__2', 1e5)} in 100,000 steps, "
         f"and of {x('reinforce__1', 3e5)} and {x('reinforce__2', 3e5)} in 300,000",
         f"x = {x('reinforce_baseline__1', 3e5)} and {x('reinforce_baseline__2', 3e5)} with it, "
