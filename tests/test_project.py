@@ -211,6 +211,12 @@ def test_figures_in_the_prose_are_what_was_recorded():
     def x(name, step):  # over the last 100 episodes
         return round(statistics.mean([e["charts/x_pos"] for e in run(name)[0] if e["global_step"] <= step][-100:]))
 
+    def came_as_far(name, mean):  # the episode with which the last 100 did
+        episodes, _ = run(name)
+        ends = range(100, len(episodes) + 1)
+        far = (i for i in ends if statistics.mean(e["charts/x_pos"] for e in episodes[i - 100 : i]) >= mean)
+        return episodes[next(far) - 1]
+
     prose = " ".join(README.split())
     first, often = [], []
     for seed in "12":
@@ -234,12 +240,7 @@ def test_figures_in_the_prose_are_what_was_recorded():
     stopped, minutes = rows[-1]["global_step"], rows[-1]["time"] / 60
     reached = statistics.mean(episode["charts/x_pos"] for episode in dreamer[-100:])
     flags = [episode["global_step"] for episode in dreamer if episode["charts/flag"]]
-    as_far = []
-    for seed in "12":  # when PPO's last 100 episodes came as far
-        episodes, _ = run(f"ppo__{seed}")
-        ends = range(100, len(episodes))
-        far = (i for i in ends if statistics.mean(e["charts/x_pos"] for e in episodes[i - 100 : i]) >= reached)
-        as_far.append(episodes[next(far) - 1])
+    as_far = [came_as_far(f"ppo__{seed}", reached) for seed in "12"]
     more = [f"{episode['global_step'] / dreamer[-1]['global_step']:.1f}" for episode in as_far]
     earlier, rows = run("dreamerv3__1__stopped")
     at_goomba = sum(episode["charts/x_pos"] < 330 for episode in earlier[-100:])
@@ -251,21 +252,19 @@ def test_figures_in_the_prose_are_what_was_recorded():
     kept = [row["losses/improvement"] / row["losses/expected_improvement"] for row in promised]
     more_replay, metrics = run("dreamerv3__1__ratio256_stopped")
     came_to = statistics.mean(episode["charts/x_pos"] for episode in more_replay[-100:])
-    by_ratio = [(metrics[-1]["global_step"], metrics[-1]["time"] / 60)]
-    for name in ("dreamerv3__1", "ppo__1", "ppo__2"):  # when the last 100 episodes came as far
-        episodes, _ = run(name)
-        ends = range(100, len(episodes) + 1)
-        far = (i for i in ends if statistics.mean(e["charts/x_pos"] for e in episodes[i - 100 : i]) >= came_to)
-        episode = episodes[next(far) - 1]
-        by_ratio.append((episode["global_step"] / by_ratio[0][0], episode["time"] / 60))
-    (end, own), (slow, minutes_64), *others = by_ratio
+    end, own = metrics[-1]["global_step"], metrics[-1]["time"] / 60
+    slow, *others = (came_as_far(name, came_to) for name in ("dreamerv3__1", "ppo__1", "ppo__2"))
+    times = [f"{episode['global_step'] / end:.1f} times" for episode in (slow, *others)]
+    times[1] = times[1].removesuffix(" times")
+    minutes_of = [f"{episode['time'] / 60:.0f}" for episode in (slow, *others)]
+    assert minutes_of[1] == minutes_of[2]
     in_pit = sum(1100 <= episode["charts/x_pos"] <= 1140 for episode in more_replay[-100:])
     for sentence in (
         text,
         f"otherwise with the same flags, stopped at step {end:,}:",
-        f"The mean x of {came_to:,.0f} that it had reached in the end took the run with ratio 64 {slow:.1f} times as "
-        f"many steps, but no more minutes ({minutes_64:.0f}, against {own:.0f}), and PPO {others[0][0]:.1f} and "
-        f"{others[1][0]:.1f} times as many, in {others[0][1]:.0f} minutes each.",
+        f"The mean x of {came_to:,.0f} that it had reached in the end took the run with ratio 64 {times[0]} as many "
+        f"steps, but no more minutes ({minutes_of[0]}, against {own:.0f}), and PPO {times[1]} and {times[2]} as many, "
+        f"in {minutes_of[1]} minutes each.",
         f"In {in_pit} of its last 100 episodes",
         f"a mean x of {x('reinforce__1', 1e5)} and {x('reinforce__2', 1e5)} in 100,000 steps, "
         f"and of {x('reinforce__1', 3e5)} and {x('reinforce__2', 3e5)} in 300,000",
