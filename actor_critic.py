@@ -745,26 +745,28 @@ def main() -> None:
         envs.reset([args.seed, 0, run.global_step])  # a resumed run meets new episodes
         while run.global_step < args.last_step:
             lr = args.learning_rate * (run.remaining if args.anneal_lr else 1)
-            v_lr = args.value_learning_rate * (run.remaining if args.anneal_lr else 1)
-            optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = lr, v_lr
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.param_groups[1]["lr"] = args.value_learning_rate * (run.remaining if args.anneal_lr else 1)
 
             # act: one step, and learn from it at once
             obs = to_device(envs.obs.copy())
             with torch.no_grad():
                 actions, _, values = map(torch.clone, agent.act(obs))  # a CUDA graph overwrites what it returned before
             envs.step(actions.tolist())
+            rewards, terminated, truncated = envs.rewards, envs.terminated, envs.truncated
             run.step(args.num_envs, envs.finished)
 
             # learn
             run.begin_update()
-            dones = envs.terminated | envs.truncated
-            rewards = scaler(envs.rewards[None], dones[None])[0] if args.norm_reward else envs.rewards
+            dones = terminated | truncated
+            scaled = scaler(rewards[None], dones[None])[0] if args.norm_reward else rewards
             next_obs = envs.obs.copy()
             next_obs[dones] = envs.final_obs[dones]  # a time limit is no end: the state in which it struck has a value
             with torch.no_grad():
-                next_values = agent(to_device(next_obs))[1].masked_fill(to_device(envs.terminated), 0)
-            rewards = to_device(rewards, dtype=torch.float32)
-            advantages, returns = td_errors(rewards, values, next_values, args.gamma)
+                next_values = agent(to_device(next_obs))[1]
+            next_values = next_values.masked_fill(to_device(terminated), 0)
+            scaled = to_device(scaled, dtype=torch.float32)
+            advantages, returns = td_errors(scaled, values, next_values, args.gamma)
             batch = {"obs": obs, "actions": actions, "advantages": advantages, "returns": returns}
             figures = update(agent, optimizer, batch)
             run.end_update(figures | {"charts/learning_rate": lr})

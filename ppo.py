@@ -133,7 +133,7 @@ class Args:
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # longer gradients are scaled down to this norm
     target_kl: float = 0.0  # end an update's epochs beyond this approximate KL; 0: never
-    norm_adv: bool = True  # standardise the advantages of each minibatch
+    norm_adv: bool = True  # standardise the advantages before each step
     norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
     anneal_lr: bool = True  # let the learning rate fall linearly to 0
     anneal_ent: bool = True  # let the entropy bonus fall linearly to 0
@@ -398,13 +398,12 @@ def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float) ->
     """Generalised advantage estimation (Schulman et al. 2016, equation 16) -> advantages, returns; all (T, N).
 
     next_values[t] is V of the state to which step t really led: 0 if the episode terminated there, V(last observation)
-    if a time limit cut it. dones[t] is 1 in both cases, as no advantage flows back from one episode into another.
+    if a time limit cut it. dones[t] is True in both cases: no advantage flows back from one episode into another.
     """
     deltas = rewards + gamma * next_values - values  # the TD errors, equation (3)
-    decay = gamma * gae_lambda * (1 - dones)
     advantages, advantage = torch.zeros_like(deltas), torch.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
-        advantages[t] = advantage = deltas[t] + decay[t] * advantage
+        advantages[t] = advantage = deltas[t] + gamma * gae_lambda * (advantage * ~dones[t])
     return advantages, advantages + values
 
 
@@ -414,13 +413,15 @@ def policy_loss(log_ratio: torch.Tensor, advantages: torch.Tensor, clip_coef: fl
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
 
 
-def value_loss(values, returns, old_values, clip_coef: float = math.inf) -> torch.Tensor:
-    """Half the mean squared error of V, or of V held within clip_coef of its old value where that is worse; (B,)."""
-    errors = (values - returns) ** 2
-    if clip_coef < math.inf:
-        clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
-        errors = torch.max(errors, (clipped - returns) ** 2)
-    return 0.5 * errors.mean()
+def clip_values(values, returns, old_values, clip_coef: float) -> torch.Tensor:
+    """V, or V held within clip_coef of its old value, whichever is farther from the return; all (B,)."""
+    clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+    return torch.where((clipped - returns).abs() > (values - returns).abs(), clipped, values)
+
+
+def value_loss(values: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
+    """Half the mean squared error of V; (B,), (B,) -> scalar."""
+    return 0.5 * ((values - returns) ** 2).mean()
 
 
 def update(agent: Agent, optimizer, args: Args, batch: dict, ent_coef: float) -> dict:
@@ -439,7 +440,9 @@ def update(agent: Agent, optimizer, args: Args, batch: dict, ent_coef: float) ->
             if args.norm_adv and len(rows) > 1:
                 advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
             pg_loss = policy_loss(log_ratio, advantages, args.clip_coef)
-            v_loss = value_loss(values, b["returns"], b["values"], args.clip_coef if args.clip_vloss else math.inf)
+            if args.clip_vloss:
+                values = clip_values(values, b["returns"], b["values"], args.clip_coef)
+            v_loss = value_loss(values, b["returns"])
             entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
             loss = pg_loss - ent_coef * entropy + args.vf_coef * v_loss
             optimizer.zero_grad()
@@ -829,8 +832,8 @@ def main() -> None:
                 next_values = torch.cat([values[1:], agent(to_device(envs.obs))[1][None]])
             next_values = torch.where(to_device(truncated), final_values, next_values)
             next_values = next_values.masked_fill(to_device(terminated), 0)
-            scaled, dones = to_device(scaled, dtype=torch.float32), to_device(dones, dtype=torch.float32)
-            advantages, returns = gae(scaled, values, next_values, dones, args.gamma, args.gae_lambda)
+            scaled = to_device(scaled, dtype=torch.float32)
+            advantages, returns = gae(scaled, values, next_values, to_device(dones), args.gamma, args.gae_lambda)
             batch = {"obs": obs, "actions": actions, "log_probs": log_probs, "values": values}
             batch |= {"advantages": advantages, "returns": returns}
             batch = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}

@@ -129,7 +129,7 @@ class Args:
     backtrack_coef: float = 0.8  # each of them this much shorter than the one before
     value_epochs: int = 5  # passes of the critic over each rollout
     value_batch_size: int = 256  # its minibatches
-    norm_adv: bool = True  # standardise the advantages of each batch
+    norm_adv: bool = True  # standardise the advantages before each step
     norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
     anneal_lr: bool = True  # let the learning rate fall linearly to 0
 
@@ -387,13 +387,12 @@ def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float) ->
     """Generalised advantage estimation (Schulman et al. 2016, equation 16) -> advantages, returns; all (T, N).
 
     next_values[t] is V of the state to which step t really led: 0 if the episode terminated there, V(last observation)
-    if a time limit cut it. dones[t] is 1 in both cases, as no advantage flows back from one episode into another.
+    if a time limit cut it. dones[t] is True in both cases: no advantage flows back from one episode into another.
     """
     deltas = rewards + gamma * next_values - values  # the TD errors, equation (3)
-    decay = gamma * gae_lambda * (1 - dones)
     advantages, advantage = torch.zeros_like(deltas), torch.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
-        advantages[t] = advantage = deltas[t] + decay[t] * advantage
+        advantages[t] = advantage = deltas[t] + gamma * gae_lambda * (advantage * ~dones[t])
     return advantages, advantages + values
 
 
@@ -879,8 +878,8 @@ def main() -> None:
                 next_values = torch.cat([values[1:], agent(to_device(envs.obs))[1][None]])
             next_values = torch.where(to_device(truncated), final_values, next_values)
             next_values = next_values.masked_fill(to_device(terminated), 0)
-            scaled, dones = to_device(scaled, dtype=torch.float32), to_device(dones, dtype=torch.float32)
-            advantages, returns = gae(scaled, values, next_values, dones, args.gamma, args.gae_lambda)
+            scaled = to_device(scaled, dtype=torch.float32)
+            advantages, returns = gae(scaled, values, next_values, to_device(dones), args.gamma, args.gae_lambda)
             batch = {"obs": obs, "actions": actions, "advantages": advantages, "returns": returns}
             batch = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
             if envs.image:  # convolutions are faster on it; converted once, not at every use

@@ -33,13 +33,13 @@ RUNGS = [
     ),
     Rung(
         "actor_critic", "a2c", "many environments, n-step returns, entropy bonus, gradient clipping, RMSprop",
-        "Args update main", 85,
+        "Args update main", 80,
     ),
     Rung("a2c", "trpo", "a bound on the KL divergence: natural gradient, line search", "Args Agent update main", 125),
-    Rung("trpo", "ppo", "the clipped surrogate in place of the bound", "Args check Agent value_loss update main", 152),
+    Rung("trpo", "ppo", "the clipped surrogate in place of the bound", "Args check Agent update main", 147),
     Rung(
         "a2c", "ppo", "the ratio, clipped; several epochs of minibatches",
-        "Args check policy_loss value_loss update main", 90,
+        "Args check policy_loss update main", 90,
     ),
     Rung(
         "ppo", "dreamerv3", "a world model, and dreams to learn from",

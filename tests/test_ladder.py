@@ -55,8 +55,8 @@ def rollout(T=12, N=3, seed=0):
 def test_gae_with_lambda_1_is_monte_carlo_minus_baseline():
     rewards, values, _ = rollout()
     next_values = torch.cat([values[1:], torch.zeros_like(values[:1])])  # the episode terminates at the end
-    dones = torch.zeros_like(values)
-    dones[-1] = 1
+    dones = torch.zeros_like(values, dtype=torch.bool)
+    dones[-1] = True
     advantages, returns = a2c.gae(rewards, values, next_values, dones, 0.9, 1.0)
     G = torch.as_tensor(reinforce.reward_to_go(rewards.numpy(), 0.9))
     torch.testing.assert_close(advantages, G - values)
@@ -65,8 +65,8 @@ def test_gae_with_lambda_1_is_monte_carlo_minus_baseline():
 
 def test_gae_with_lambda_0_is_the_td_error():
     rewards, values, next_values = rollout()
-    dones = torch.zeros_like(values)
-    dones[4, 1] = 1
+    dones = torch.zeros_like(values, dtype=torch.bool)
+    dones[4, 1] = True
     advantages, returns = a2c.gae(rewards, values, next_values, dones, 0.9, 0.0)
     errors, targets = actor_critic.td_errors(rewards, values, next_values, 0.9)
     torch.testing.assert_close(advantages, errors)
@@ -108,7 +108,7 @@ def assert_same_weights(a, b):
 def test_a2c_on_one_environment_and_one_step_is_actor_critic():
     one, other = agents(actor_critic, a2c)
     rewards, values, next_values = rollout(T=1, N=1)
-    advantages, returns = a2c.gae(rewards, values, next_values, torch.zeros_like(values), 0.9, 1.0)
+    advantages, returns = a2c.gae(rewards, values, next_values, torch.zeros(1, 1, dtype=torch.bool), 0.9, 1.0)
     errors, targets = actor_critic.td_errors(rewards[0], values[0], next_values[0], 0.9)
     torch.testing.assert_close((advantages[0], returns[0]), (errors, targets))
     batch = batch_of(one, 1) | {"advantages": errors.float(), "returns": targets.float()}

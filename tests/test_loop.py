@@ -216,7 +216,7 @@ def test_terminated_and_cut_at_once_is_terminated(ppo, call, monkeypatch, tmp_pa
     calls = spy(monkeypatch, ppo, "gae")
     call(ppo, *short("ppo"), "--env", "probes:Both-v0", "--total-timesteps", "32", "--run-dir", tmp_path / "run")
     _, _, next_values, dones = calls[0][:4]
-    assert dones.sum() == 6 and (next_values[dones > 0] == 0).all()
+    assert dones.sum() == 6 and (next_values[dones] == 0).all()
 
 
 def test_both_ends_at_once_are_one_in_whole_episodes_too(call, monkeypatch, tmp_path):

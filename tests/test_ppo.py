@@ -35,11 +35,11 @@ def gae_by_definition(rewards, values, next_values, dones, gamma, lam):
 def test_gae_is_the_weighted_mean_of_n_step_advantages(ppo, gamma, lam):
     rng = np.random.default_rng(0)
     rewards, values, next_values = rng.normal(size=(3, 12, 4))
-    dones, terminated = np.zeros((12, 4)), np.zeros((12, 4))
-    dones[5, 1] = dones[3, 2] = dones[7, 2] = dones[11, 3] = 1  # cut in the middle, both kinds, at the rollout's end
-    terminated[3, 2] = terminated[11, 3] = 1
-    next_values[terminated > 0] = 0
-    going_on = dones[:-1] == 0
+    dones, terminated = np.zeros((2, 12, 4), bool)
+    dones[5, 1] = dones[3, 2] = dones[7, 2] = dones[11, 3] = True  # cut in the middle, both kinds, at the rollout's end
+    terminated[3, 2] = terminated[11, 3] = True
+    next_values[terminated] = 0
+    going_on = ~dones[:-1]
     next_values[:-1][going_on] = values[1:][going_on]
     tensors = (torch.as_tensor(array) for array in (rewards, values, next_values, dones))
     advantages, returns = ppo.gae(*tensors, gamma, lam)
@@ -51,8 +51,8 @@ def test_gae_is_the_weighted_mean_of_n_step_advantages(ppo, gamma, lam):
 def test_constant_reward_with_a_time_limit_is_worth_the_infinite_sum(ppo):
     gamma = 0.9
     values = torch.full((10, 1), 1 / (1 - gamma), dtype=torch.float64)
-    dones = torch.zeros_like(values)
-    dones[4] = dones[9] = 1  # cut: the true V goes on
+    dones = torch.zeros_like(values, dtype=torch.bool)
+    dones[4] = dones[9] = True  # cut: the true V goes on
     advantages, _ = ppo.gae(torch.ones_like(values), values, values, dones, gamma, 0.95)
     torch.testing.assert_close(advantages, torch.zeros_like(values))
 
@@ -81,7 +81,7 @@ def test_clipped_surrogate(ppo, ratio, advantage, loss, gradient):
 def test_losses_are_means(ppo):
     log_ratio, advantages = torch.zeros(4), torch.tensor([1.0, 2.0, 3.0, 6.0])
     assert ppo.policy_loss(log_ratio, advantages, 0.2).item() == pytest.approx(-3)
-    assert ppo.value_loss(torch.tensor([1.0, 3.0]), torch.zeros(2), torch.zeros(2)).item() == pytest.approx(2.5)
+    assert ppo.value_loss(torch.tensor([1.0, 3.0]), torch.zeros(2)).item() == pytest.approx(2.5)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,8 @@ def test_losses_are_means(ppo):
 )
 def test_clipped_value_loss(ppo, value, old, target, loss, gradient):
     v = torch.tensor([value], dtype=torch.float64, requires_grad=True)
-    result = ppo.value_loss(v, torch.tensor([target]).double(), torch.tensor([old]).double(), 0.2)
+    returns, old_values = torch.tensor([target]).double(), torch.tensor([old]).double()
+    result = ppo.value_loss(ppo.clip_values(v, returns, old_values, 0.2), returns)
     result.backward()
     assert result.item() == pytest.approx(loss) and v.grad.item() == pytest.approx(gradient)
 
@@ -121,6 +122,17 @@ def test_loss_figures_are_means_over_the_update(ppo):
     assert figures["losses/value_loss"] == pytest.approx(value_loss.item(), rel=1e-5)
     assert figures["losses/policy_loss"] == pytest.approx(-batch["advantages"].mean().item(), rel=1e-4, abs=1e-6)
     assert figures["losses/approx_kl"] == pytest.approx(0, abs=1e-6) and figures["losses/clipfrac"] == 0
+
+
+@pytest.mark.parametrize("clip_vloss", [True, False])
+def test_clip_vloss_holds_values_near_the_old_ones(ppo, clip_vloss):
+    """With old values 1 below and returns 1 above the present ones, held values are 0.8 further from the returns."""
+    args = ppo.Args(num_envs=4, num_steps=16, num_minibatches=1, update_epochs=1, clip_vloss=clip_vloss)
+    agent = ppo.Agent((3,), 4, False)
+    batch = batch_of(ppo, agent)
+    batch["values"], batch["returns"] = batch["values"] - 1, batch["values"] + 1
+    figures = ppo.update(agent, torch.optim.SGD(agent.parameters(), 0.0), args, batch, 0.0)
+    assert figures["losses/value_loss"] == pytest.approx(0.5 * 1.8**2 if clip_vloss else 0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize("norm_adv", [True, False])
