@@ -7,7 +7,7 @@
 #     "numpy>=2.1,<3",
 #     "opencv-python-headless>=4.11,<6",
 #     "moviepy>=2.1,<3",
-#     "tqdm>=4.66,<5",
+#     "tqdm>=4.67,<5",
 #     "tyro>=0.9,<2",
 #     "wandb>=0.31,<1",
 # ]
