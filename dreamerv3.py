@@ -123,6 +123,7 @@ SCRIPT = "dreamerv3"
 SIZES = {"1m": 64, "12m": 256, "25m": 384, "50m": 512, "100m": 768, "200m": 1024, "400m": 1536}  # units of a layer
 LATENTS, BLOCKS, BINS = 32, 8, 255  # categorical variables of stoch, blocks of the GRU, bins of a two-hot prediction
 LATENT = "deter", "stoch"  # what a record holds of the latent state
+DREAM = 64  # steps of a video of a dream
 
 
 @dataclass
@@ -243,7 +244,7 @@ def is_image(space: gym.Space) -> bool:
 
 class Senses(gym.Wrapper):
     """Any environment as a world model meets it. What it observes is {"image": 64 x 64 pixels, all image keys of a Dict
-    on top of each other; "vector": all else as floats}, or one of them; what it is told is a vector: one-hot for a
+    as channels; "vector": all else as floats}, or one of them; what it is told is a vector: one-hot for a
     Discrete space, from -1 to 1 for the bounds of a Box. With images an action lasts 4 frames."""
 
     def __init__(self, env: gym.Env):
@@ -272,7 +273,7 @@ class Senses(gym.Wrapper):
     def sense(self, obs) -> dict:
         obs, senses = obs if isinstance(self.env.observation_space, gym.spaces.Dict) else {"": obs}, {}
         if self.images:
-            if isinstance(self.unwrapped, NESEnv):  # its contiguous copy: OpenCV takes twice as long on the view
+            if isinstance(self.unwrapped, NESEnv) and obs.get("") is self.unwrapped.screen:  # OpenCV is slow on it
                 obs = {"": self.unwrapped.observation("rgb_array_contiguous")}
             small = [cv2.resize(obs[key], (64, 64), interpolation=cv2.INTER_AREA) for key in self.images]
             senses["image"] = np.concatenate([image.reshape(64, 64, -1) for image in small], -1)
@@ -290,7 +291,8 @@ class Senses(gym.Wrapper):
             action = int(np.argmax(action)) + int(space.start)
         else:
             action = np.clip(np.reshape(action, space.shape), -self.limit, self.limit)
-            action = (self.low + (action + 1) / 2 * (self.high - self.low)).astype(space.dtype)
+            action = self.low + (action + 1) / 2 * (self.high - self.low)
+            action = np.clip(action, space.low, space.high).astype(space.dtype)  # rounding can lead out, too
         for _ in range(self.repeat):
             obs, reward, terminated, truncated, info = self.env.step(action)
             total += float(reward)
@@ -315,7 +317,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         env = gym.make(name, disable_env_checker=True, **render)
     except Exception as error:
         fail(f"--env {env_id} cannot be made; {type(error).__name__} says: {error}")
-    if isinstance(env.unwrapped, NESEnv):
+    if isinstance(env.unwrapped, NESEnv) and env.action_space == NESEnv.action_space:
         env = JoypadSpace(env, SIMPLE_MOVEMENT)
     if not isinstance(env.action_space, (gym.spaces.Discrete, gym.spaces.Box)):
         fail(f"--env {env_id} cannot work; {SCRIPT}.py needs a Discrete or Box space where it has {env.action_space}.")
@@ -407,6 +409,7 @@ class Replay:
             room = torch.cuda.mem_get_info(device)[0]
         else:
             room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+        room *= 0.75  # the rest is for what learns from it
         if size > room:
             remedy = f"at most {int(room / size * math.prod(shape)):,} steps fit"
             fail(f"--replay-size {args.replay_size} cannot work; it takes {self.memory}, but {remedy} in memory.")
@@ -490,7 +493,7 @@ class Replay:
         self.online, self.saved = deque(whole), self.count
         for name in self.files:
             try:
-                rows = torch.load(self.folder / name, weights_only=True)
+                rows = torch.load(self.folder / name, weights_only=True, mmap=True)
             except Exception as error:
                 fail(f"{self.folder / name} cannot be read ({type(error).__name__}); a run is resumed with its replay.")
             end = int(name[:-3].split("-")[-1])
@@ -689,7 +692,7 @@ class RSSM(nn.Module):
     def sample(self, logits: torch.Tensor, noise: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """stoch (B, Z), drawn; the gradient passes straight through to the probabilities."""
         probs = unimix(logits, self.share)
-        return (pick(probs.detach(), noise) + probs - probs.detach()).flatten(-2).to(dtype)
+        return (pick(probs.detach(), noise) + (probs - probs.detach())).flatten(-2).to(dtype)
 
     def observe(self, deter, stoch, action, tokens, noise) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One step with an observation -> deter, stoch of the posterior, logits of the posterior."""
@@ -723,8 +726,9 @@ class Agent(nn.Module):
         self.register_buffer("range", torch.zeros(2))  # of the returns: 5th and 95th percentile, slowly averaged
 
     def autocast(self):
-        """Convolutions and matrix products in bfloat16, if that is the dtype. A context casts each weight once and
-        keeps it: what was cast without gradients must not serve where some are wanted, so dreams have their own."""
+        """Convolutions and matrix products in bfloat16, if that is the dtype. Unless compiled, a context casts each
+        weight once and keeps it: cast without gradients it must not serve where some are wanted, so dreams have their
+        own."""
         return torch.autocast(self.bins.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def initial(self, rows: int) -> tuple[torch.Tensor, ...]:
@@ -865,7 +869,7 @@ def critic_loss(agent: Agent, states: torch.Tensor, logits: torch.Tensor, return
 
 
 def percentiles(x: torch.Tensor, shares: tuple[float, ...]) -> torch.Tensor:
-    """The values below which these shares of x lie, interpolated. (torch.quantile would wait for the GPU.)"""
+    """The values below which these shares of x lie, interpolated. (torch.quantile would copy the shares to the GPU.)"""
     ordered, places = x.flatten().sort().values, [share * (x.numel() - 1) for share in shares]
     return torch.stack([ordered[int(p)].lerp(ordered[math.ceil(p)], p % 1) for p in places])
 
@@ -975,7 +979,7 @@ def update(agent: Agent, optimizer: LaProp, args: Args, columns: dict, rows, str
 
 
 def compile_parts(agent: Agent) -> None:
-    """Compile the networks and one step of the RSSM, not the loops over time: minutes less to wait, as fast."""
+    """Compile the networks and one step of the RSSM, not the loops over time, which would take minutes more."""
     torch._dynamo.config.recompile_limit = 64  # each network is compiled for acting, replaying, dreaming, judging
     agent.rssm.observe = torch.compile(agent.rssm.observe, dynamic=False)
     agent.rssm.imagine = torch.compile(agent.rssm.imagine, dynamic=False)
@@ -1025,7 +1029,8 @@ def dream(agent: Agent, obs: dict, actions: torch.Tensor, context: int) -> torch
                 deter, stoch = agent.rssm.imagine(deter, stoch, action.to(agent.dtype), noise)
             action = actions[t : t + 1]
             states.append((deter, stoch))
-        return agent.decoder(*(torch.cat(part) for part in zip(*states, strict=True)))["image"]
+        deter, stoch = (torch.cat(part) for part in zip(*states, strict=True))
+        return agent.decoder.forward(deter, stoch)["image"]  # as it is: compiled, each length would be compiled anew
 
 
 # ------------------------------------------------------------------------------------------------ evaluate
@@ -1051,7 +1056,7 @@ def evaluate(agent: Agent, envs: Envs, episodes: int, seed: int, video: Path | N
             writer.write_frame(frame)
         obs = {sense: torch.as_tensor(values, device=device) for sense, values in envs.obs.items()}
         actions, latent = agent.act(obs, latent, torch.as_tensor(first, device=device), generator)
-        if video:
+        if video and len(seen) < DREAM:
             seen.append(({sense: values[:1].clone() for sense, values in obs.items()}, actions[:1]))
         rows = np.flatnonzero(left)
         envs.step(actions[rows].tolist(), rows)
@@ -1073,10 +1078,10 @@ def evaluate(agent: Agent, envs: Envs, episodes: int, seed: int, video: Path | N
     return figures
 
 
-def draw_dream(agent: Agent, seen: list, path: Path, fps: float, context: int = 8, steps: int = 64) -> None:
-    """A video of an episode's first steps, three rows of 256 x 256: the truth, what the model makes of it, grey
-    plus half their difference. After `context` steps the model sees nothing more."""
-    obs, actions = zip(*seen[:steps], strict=True)
+def draw_dream(agent: Agent, seen: list, path: Path, fps: float, context: int = 8) -> None:
+    """A video of the steps seen, three rows of 256 x 256: the truth, what the model makes of it, grey plus half their
+    difference. After `context` steps the model sees nothing more."""
+    obs, actions = zip(*seen, strict=True)
     obs = {sense: torch.cat([o[sense] for o in obs]) for sense in obs[0]}
     model = dream(agent, obs, torch.cat(actions), context)
     truth = obs["image"] / 255
@@ -1365,6 +1370,9 @@ def set_up(args: Args) -> tuple[torch.device, Envs, Agent]:
         print("A CUDA device was found; --cuda would use it.")
     torch.manual_seed(args.seed)
     envs = Envs(args.env, 1 if args.evaluate else args.num_envs, args.num_threads)
+    flat = [space for space in envs.envs[0].vectors.values() if space.dtype == np.uint8 and len(space.shape) > 1]
+    if flat:
+        print(f"--env {args.env}: a CNN sees only uint8 images of height x width x 1 to 4; {flat[0]} goes to an MLP.")
     if args.capture_video and "rgb_array" not in envs.envs[0].metadata.get("render_modes", []):
         print(f"--capture-video: {args.env} cannot draw itself; going on without videos.")
         args.capture_video = False
@@ -1421,17 +1429,19 @@ def main() -> None:
             # learn: a GPU works on the updates while the environments step
             ending = run.global_step + len(rows) >= args.last_step
             updates = max(int(replay.owed), int(ending)) if replay.ready else 0
-            if updates:
+            if updates or ending:
                 run.begin_update()
-                figures = [learn(*map(to_device, replay.sample())) for _ in range(updates)]
+                windows = [tuple(map(to_device, replay.sample())) for _ in range(updates)]  # a copy waits for the GPU
+                figures = [learn(*window) for window in windows]
                 replay.owed -= updates
             try:
                 envs.step(moves, rows)
                 run.step(len(rows), envs.finished)
             finally:  # an environment that raises shall not cost an update
-                if updates:
-                    run.end_update({name: sum(f[name] for f in figures) / updates for name in figures[0]})
-            if not updates:
+                if updates or ending:  # a resumed run can end before its replay is ready again
+                    names = figures[0] if figures else ()
+                    run.end_update({name: sum(f[name] for f in figures) / updates for name in names})
+            if not (updates or ending):
                 run.mark()
             first, rewards = last, np.where(last, 0, envs.rewards)
             last, terminal = ~first & (envs.terminated | envs.truncated), ~first & envs.terminated

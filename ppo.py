@@ -217,7 +217,7 @@ class Frames(gym.Wrapper):
         self.frames = np.zeros((4, 84, 84), np.uint8)
 
     def shrink(self, image: np.ndarray) -> np.ndarray:
-        if isinstance(self.unwrapped, NESEnv):  # the emulator's own grey screen: 8 times faster than OpenCV's
+        if isinstance(self.unwrapped, NESEnv) and image is self.unwrapped.screen:  # 8 times faster than OpenCV's grey
             image = self.unwrapped.observation("grayscale")
         elif image.shape[-1] == 3:
             image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
@@ -256,7 +256,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         env = gym.make(name, disable_env_checker=True, **render)
     except Exception as error:
         fail(f"--env {env_id} cannot be made; {type(error).__name__} says: {error}")
-    if isinstance(env.unwrapped, NESEnv):
+    if isinstance(env.unwrapped, NESEnv) and env.action_space == NESEnv.action_space:
         env = JoypadSpace(env, SIMPLE_MOVEMENT)
     for space, kind in ((env.action_space, gym.spaces.Discrete), (env.observation_space, gym.spaces.Box)):
         if not isinstance(space, kind):

@@ -1,7 +1,9 @@
 """Environments with known answers. `--env probes:Id-v0` makes each script meet them as it meets any other."""
 
+import gym_super_mario_bros  # noqa: F401, makes the Mario ids known
 import gymnasium as gym
 import numpy as np
+from nes_py.wrappers import JoypadSpace
 
 DISCRETE = gym.spaces.Discrete(2)
 
@@ -205,9 +207,27 @@ class ByteActions(Constant):
         return super().step(action)
 
 
+class UnevenActions(Constant):
+    """Bounds that rounding leaves, and one that is not there."""
+
+    action_space = gym.spaces.Box(np.float32([-3.6, 0]), np.float32([2.2, np.inf]))
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        return super().step(action)
+
+
+def dark_mario(render_mode=None):
+    """Mario without light and with two buttons of somebody else's choice."""
+    env = gym.make("SuperMarioBros-1-1-v0", render_mode=render_mode, disable_env_checker=True)
+    env = gym.wrappers.TransformObservation(env, np.zeros_like, env.observation_space)
+    return JoypadSpace(env, [["NOOP"], ["right"]])
+
+
+gym.register("DarkMario-v0", entry_point=dark_mario)
 for probe, limit in {
     Constant: 5, OneStep: None, Delayed: None, Copycat: None, Loud: None, Diary: None, Clockwork: None, Screen: None,
     TwoLengths: None, Breaks: 200, NotANumber: 200, Both: 5, BoxActions: 5, DictObs: 5, FromOne: 5,
-    ManyActions: 5, Words: 5, Scalar: 5, ByteActions: 5,
+    ManyActions: 5, Words: 5, Scalar: 5, ByteActions: 5, UnevenActions: 5,
 }.items():  # fmt: skip
     gym.register(f"{probe.__name__}-v0", entry_point=probe, max_episode_steps=limit)

@@ -162,7 +162,7 @@ def test_samples_pass_the_gradient_to_the_mixed_probabilities():
     logits, noise = torch.randn(2, 32, 4, requires_grad=True), torch.rand(2, 32, 4)
     weight = torch.randn(2, 128)
     sample = rssm.sample(logits, noise, torch.float32)
-    torch.testing.assert_close(sample.sum(-1), torch.full((2,), 32.0))
+    assert (sample.sum(-1) == 32).all() and set(sample.unique().tolist()) == {0, 1}  # nothing is rounded
     (sample * weight).sum().backward()
     other = logits.detach().clone().requires_grad_()
     (d.unimix(other, 0.01).flatten(1) * weight).sum().backward()
@@ -955,11 +955,52 @@ def test_a_dead_mario_is_terminal(tmp_path):
     assert envs.terminated[0] and not envs.truncated[0] and envs.finished[0]["flag"] == 0
 
 
-@pytest.mark.parametrize("env", ["FromOne", "BoxActions", "ByteActions", "DictObs", "Scalar", "Screen"])
+@pytest.mark.parametrize(
+    "env", ["FromOne", "BoxActions", "ByteActions", "UnevenActions", "DictObs", "Scalar", "Screen"]
+)
 def test_other_spaces_run(env, call, tmp_path):
     flags = [*short("dreamerv3"), "--env", f"probes:{env}-v0", "--total-timesteps", 24, "--run-dir", tmp_path / "run"]
     assert call(d, *flags) == 0
     assert metrics(tmp_path / "run")[-1]["eval/episodes"] == 2
+
+
+def test_actions_lie_in_their_space():
+    """Also where rounding leads out of it, and where it has a bound on one side only."""
+    env = d.make_env("probes:UnevenActions-v0")
+    env.reset()
+    for action in ([1, -9.0], [-1, 9.0], [0, 0.5]):
+        env.step(action)  # asserts that it is one
+
+
+def test_the_video_of_a_dream_keeps_no_more_than_it_shows(call, monkeypatch, tmp_path):
+    shown = []
+    monkeypatch.setattr(d, "draw_dream", lambda agent, seen, *rest: shown.append(len(seen)))
+    monkeypatch.setattr(d, "DREAM", 5)
+    flags = [*short("dreamerv3"), "--env", "probes:Screen-v0", "--total-timesteps", 24, "--capture-video"]
+    assert call(d, *flags, "--run-dir", tmp_path / "run") == 0
+    assert shown == [5]  # of 15 steps
+
+
+def test_a_resumed_run_that_cannot_learn_any_more_is_evaluated_and_saved(call, tmp_path):
+    """A small replay has kept too little for the larger batches, and the steps that are left do not fill it."""
+    run, flags = tmp_path / "run", [*short("dreamerv3"), "--replay-size", 16]
+    assert call(d, *flags, "--total-timesteps", 100, "--run-dir", run) == 0
+    assert call(d, "--resume", run, "--total-timesteps", 180, "--replay-size", 160, "--batch-size", 32) == 0
+    assert d.load(run / "checkpoint.pt")["global_step"] == 180
+    assert metrics(run)[-1]["global_step"] == 180 and metrics(run)[-1]["eval/episodes"] == 2
+
+
+def test_a_replay_leaves_room_for_what_learns_from_it(tmp_path, monkeypatch, capsys):
+    size = sum(column.nbytes for column in replay_of(tmp_path).columns.values())
+    for share, fits in ((0.7, True), (0.8, False)):
+        room = {"SC_PHYS_PAGES": int(size / share), "SC_PAGE_SIZE": 1}
+        monkeypatch.setattr(d.os, "sysconf", room.get)
+        if fits:
+            replay_of(tmp_path)
+            continue
+        with pytest.raises(SystemExit) as end:
+            replay_of(tmp_path)
+        assert end.value.code == 2 and "at most 56 steps fit" in capsys.readouterr().err  # 0.75 / 0.8 of 60
 
 
 def test_dreams_begin_as_what_was_seen_and_then_look_no_more():

@@ -400,6 +400,15 @@ def test_threads_change_nothing(ppo):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_mario_that_somebody_has_wrapped_stays_wrapped(script):
+    """The emulator's own screen is faster, but not what a wrapper shows; its buttons are chosen already."""
+    envs = script.Envs("probes:DarkMario-v0", 1)
+    envs.reset(1)
+    envs.step([[0.0, 1.0]] if script.SCRIPT == "dreamerv3" else [1])
+    assert envs.num_actions == 2
+    assert not np.any(envs.obs["image"] if script.SCRIPT == "dreamerv3" else envs.obs)
+
+
 @pytest.mark.parametrize("env", ["FromOne", "Scalar"])
 def test_other_spaces_run(env, rung, call, tmp_path):
     flags = [*short(rung.SCRIPT), "--env", f"probes:{env}-v0", "--total-timesteps", 64]
