@@ -50,9 +50,9 @@ and the actor is REINFORCE with a baseline again, the first rung of this ladder,
 
     (11) L_actor = -sg((R_k - v_k) / max(1, S)) ln pi(a_k | s_k) - 0.0003 H(pi)
 
-S is the range from the 5th to the 95th percentile of returns: large returns are scaled down to about 1, so that one
-entropy weight fits all games, and small ones are left alone, so that noise is not blown up where nothing is paid yet.
-Steps after a likely end count less, by the product of the c so far.
+S is the range from the 5th to the 95th percentile of returns, averaged slowly over the updates: large returns are scaled
+down to about 1, so that one entropy weight fits all games, and small ones are left alone, so that noise is not blown up
+where nothing is paid yet. Steps after a likely end count less, by the product of the c so far.
 
 Numbers of any size. Rewards and values may be 0.01 or 10,000. Instead of a number, the heads predict probabilities of
 255 bins, spaced as symexp(-20 ... 20), and learn by cross entropy (two-hot: a target lies between two bins and gives
@@ -428,7 +428,7 @@ class Replay:
         for name, value in record.items():
             self.columns[name][self.count % self.length] = torch.as_tensor(value)
         self.count += 1
-        if self.count > self.window and self.count % self.window == 1:  # each step is soon replayed once
+        if self.count > self.window and self.count % self.window == 1:  # what is new is soon replayed once
             self.online.extend((self.count - self.window, i) for i in range(self.args.num_envs))
         if self.ready:
             self.owed += self.args.num_envs * self.args.train_ratio / (self.args.batch_size * self.args.batch_length)
@@ -911,9 +911,8 @@ class LaProp(torch.optim.Optimizer):
     rises from 0. Nothing here waits for the device."""
 
     def __init__(self, params, lr: float, warmup: int, agc: float, betas=(0.9, 0.999), eps: float = 1e-20):
-        super().__init__(
-            params, {"lr": lr, "warmup": warmup, "agc": agc, "betas": betas, "eps": eps, "capturable": True}
-        )
+        defaults = {"lr": lr, "warmup": warmup, "agc": agc, "betas": betas, "eps": eps}
+        super().__init__(params, defaults | {"capturable": True})  # the loaded step count, too, goes to the device
         for p in self.param_groups[0]["params"]:
             self.state[p] = {"square": torch.zeros_like(p), "momentum": torch.zeros_like(p)}
         self.first = self.param_groups[0]["params"][0]
