@@ -165,13 +165,16 @@ def parse() -> tuple[Args, dict]:
     args, state = tyro.cli(Args, description=description), {}
     if args.resume and args.evaluate:
         fail(f"--resume {args.resume} and --evaluate {args.evaluate} cannot work together; leave one out.")
-    if args.resume or args.evaluate:
-        file = Path(args.evaluate or f"{args.resume}/checkpoint.pt")
+    folder = str(Path(args.resume).parent) if args.resume.endswith("checkpoint.pt") else args.resume
+    if folder and args.run_dir and Path(args.run_dir) != Path(folder):
+        fail(f"--run-dir {args.run_dir} cannot work with --resume, which goes on in {folder}; resume a copy of it.")
+    if folder or args.evaluate:
+        file = Path(args.evaluate or f"{folder}/checkpoint.pt")
         if file.is_dir():  # of a run: its best weights, or those that it has
             file /= "best.pt" if (file / "best.pt").exists() else "checkpoint.pt"
         state = load(file)
         args = tyro.cli(Args, description=description, default=Args(**state["args"]))  # given flags win over saved ones
-        args.evaluate = args.evaluate and str(file)
+        args.evaluate, args.resume = args.evaluate and str(file), folder
         for flag in ("env", "size"):  # what the weights depend on
             given, saved = getattr(args, flag, None), state["args"].get(flag)
             if given != saved:

@@ -216,6 +216,8 @@ def tables() -> dict[str, str]:
 def main() -> None:
     for run in sys.argv[1:]:
         run, _, note = run.partition("=")  # RUN=NOTE keeps a trial beside the run with the defaults
+        if not (Path(run) / "config.json").exists():
+            sys.exit(f"{run} is not the folder of a run.")
         print(keep(Path(run), note))
     if not sys.argv[1:]:
         print("\n\n".join(f"{heading}\n\n{table}" for heading, table in tables().items()))

@@ -17,9 +17,10 @@
     uv run benchmark/variance.py                  # some minutes; writes benchmark/results/variance.json
 
 reinforce_baseline.py learns CartPole with the README's flags. At each point a copy of it goes on with a step size of
-nothing, so that policy and critic stand still, and 60 batches of 8 episodes give 60 gradients twice over: weighted by
-the returns G, and by G - V(s). The figure is the sum of the variances of all components (the trace of the covariance),
-without and with the baseline, and the squared length of the mean gradient beside them.
+nothing, so that policy and critic stand still, and 60 batches of 8 episodes give 60 gradients three times over: weighted
+by the returns G, by G less the batch's mean (reinforce.py divides that by the deviation, too) and by G - V(s). The figure
+is the sum of the variances of all components (the trace of the covariance) for each of the three, and the squared length
+of the mean gradient beside them.
 """
 
 import contextlib
@@ -56,11 +57,12 @@ def gradient(agent, batch: dict, weights: torch.Tensor) -> torch.Tensor:
 
 def measure(run: Path) -> dict:
     """Sixty gradients of each kind for the policy of a run -> their spread."""
-    pairs, update = [], script.update
+    threes, update = [], script.update
 
     def spy(agent, optimizer, args, batch):
-        pairs.append([gradient(agent, batch, batch[weights]) for weights in ("returns", "weights")])
-        if len(pairs) == BATCHES:
+        returns = batch["returns"]
+        threes.append([gradient(agent, batch, w) for w in (returns, returns - returns.mean(), batch["weights"])])
+        if len(threes) == BATCHES:
             raise KeyboardInterrupt
         return update(agent, optimizer, args, batch)
 
@@ -68,9 +70,10 @@ def measure(run: Path) -> dict:
     still = ["--learning-rate", 1e-30, "--value-learning-rate", 1e-30, "--total-timesteps", 10_000_000]
     call("--resume", run, *still)
     script.update = update
-    plain, based = (torch.stack(column).double() for column in zip(*pairs, strict=True))
-    spread = {name: g.var(0).sum().item() for name, g in (("without", plain), ("with", based))}
-    return spread | {"mean squared": based.mean(0).square().sum().item()}
+    gradients = dict(zip(("without", "batch mean", "with"), zip(*threes, strict=True), strict=True))
+    gradients = {name: torch.stack(column).double() for name, column in gradients.items()}
+    spread = {name: g.var(0).sum().item() for name, g in gradients.items()}
+    return spread | {"mean squared": gradients["with"].mean(0).square().sum().item()}
 
 
 def main() -> None:

@@ -332,6 +332,8 @@ def test_checkpoints_that_do_not_fit(script, call, tmp_path, capsys):
         ("--evaluate", run / "best.pt", "--env", "CartPole-v1"): "does not fit the checkpoint",
         ("--resume", run, "--env", "CartPole-v1"): "does not fit the checkpoint",
         ("--resume", run): "is complete; for instance --total-timesteps ",
+        ("--resume", run / "checkpoint.pt"): f"--resume {run} is complete; ",
+        ("--resume", run, "--run-dir", tmp_path / "branch"): "branch cannot work with --resume, which goes on in",
         ("--run-dir", run, *tiny(script)): "holds a run already",
         ("--evaluate", tmp_path / "torn.pt"): "cannot be read as a checkpoint",
         ("--evaluate", tmp_path / "empty.pt"): "cannot be read as a checkpoint",
@@ -351,7 +353,7 @@ def test_a_complete_run_goes_on_as_its_refusal_says(script, call, tmp_path, caps
     assert call(script, *tiny(script), "--run-dir", run) == 0
     assert call(script, "--resume", run) == 2
     (longer,) = re.findall(r"--total-timesteps (\d+) would continue it", capsys.readouterr().err)
-    assert call(script, "--resume", run, "--total-timesteps", longer) == 0
+    assert call(script, "--resume", run / "checkpoint.pt", "--run-dir", run, "--total-timesteps", longer) == 0
     rows = metrics(run)
     evaluations = [row for row in rows if "eval/return_mean" in row]
     out = capsys.readouterr().out
