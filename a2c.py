@@ -32,14 +32,15 @@ up to the end of the rollout or of the episode. Each V that is not asked is an e
 --gae-lambda below 1 trusts later TD errors less; lambda = 0 is the last script's (3) again, and one environment with
 one step has that script's gradient, to the digit, where bonus and clipping are switched off and --vf-coef is 1.
 
-The loss joins the policy gradient (2), half the squared error of V, weighted by --vf-coef, and an entropy bonus, which
-falls to 0. One gradient step, then new data: the batch was drawn from a policy that no longer exists.
+The loss joins the policy gradient, (2) E[ grad log pi(a_t|s_t) A_t ], half the squared error of V, weighted by
+--vf-coef, and an entropy bonus, which falls to 0. One gradient step, then new data: the batch was drawn from a policy
+that no longer exists.
 
 A3C came first (the asynchronous form): 16 threads, each with its own Mario and a copy of the weights, add their
-gradients to shared weights without waiting for one another, so a gradient may be of weights that have moved on. The
-stale gradients turned out to help nothing. Waiting for all and updating once gives the same estimator, a batch that
-processors like, and runs that can be repeated: A2C. RMSProp is the paper's optimiser. Its epsilon of 1e-5 stands under
-the root there; PyTorch adds it behind the root, where the same floor is sqrt(1e-5), 300 times as much.
+gradients to shared weights without waiting for one another, so a gradient may be of weights that have moved on. Nobody
+has shown that this helps. Waiting for all and updating once gives the same estimator, a batch that processors like, and
+runs that can be repeated: A2C. RMSProp is the paper's optimiser, the epsilon of 1e-5 that of OpenAI's A2C, where it
+stands under the root; PyTorch adds it behind the root, where the same floor is sqrt(1e-5), 300 times as much.
 
 What is still wrong: nothing bounds a step. One bad batch can wreck a policy that took an hour to learn, and all data to
 come is then drawn from the wreck.
@@ -758,7 +759,7 @@ def main() -> None:
     if args.evaluate:
         agent.load_state_dict(state["agent"])
         return play(agent, args)
-    # the paper's epsilon, 1e-5, stands under the root; outside it, where PyTorch adds it, that is its root
+    # OpenAI's epsilon, 1e-5, stands under the root; outside it, where PyTorch adds it, that is its root
     optimizer = torch.optim.RMSprop(agent.parameters(), args.learning_rate, alpha=0.99, eps=math.sqrt(1e-5))
     scaler = RewardScaler(args.num_envs, args.gamma)
     learn_threads = torch.get_num_threads() if envs.image and device.type == "cpu" else 1

@@ -21,7 +21,7 @@ come is worth V(s_{t+1}), by its own account. So judge the step at once:
                                                      V(last observation) where a time limit cut it
 
 the TD error. If V were right, E[ A_t ] would be the true advantage of a_t, and only one step of luck would be in it
-instead of a whole episode's. The actor moves along grad log pi(a_t|s_t) A_t, the critic towards its target
+instead of a whole episode's. The actor moves along (2) grad log pi(a_t|s_t) A_t, the critic towards its target
 r_t + gamma V(s_{t+1}), held constant (a semi-gradient: the target is not to come to meet the estimate). Mario jumps,
 sees where he stands now, and both learn before the next frame. Nothing is stored.
 

@@ -26,6 +26,8 @@ The world model has a state of two parts, deter h_t and stoch z_t (32 categorica
          z_t ~ p(z_t | h_t)                        the prior, without: so the model can go on with its eyes closed
          x_t, r_t, c_t from (h_t, z_t)             observation, reward, and whether the episode goes on
 
+From here on r_t is the reward that arrives with x_t, so what a_{t-1} was paid: it is read off the state it led to.
+
 It is trained on sequences replayed from memory. Each term of its loss has a job:
 
     (8)  L = |x_t - decoder|^2 - ln p(r_t) - ln p(c_t)        the state tells what is there, what it pays, if it ends
@@ -38,43 +40,48 @@ they tell. Split like that, a poor prior does not blind the posterior (KL balanc
 Mario's death is such an end. A time limit is not.
 
 Behaviour. From every replayed state the model dreams 15 steps on: the actor draws a_k, h and z follow (7) with the
-prior, rewards, continuations and values are read off the states. Returns mix all horizons as GAE does,
+prior, rewards, continuations and values are read off the states s_k = (h_k, z_k). Returns mix all horizons as GAE does,
+with lambda = 0.95 and v_k the critic's mean,
 
-    (9)  R_k = r_{k+1} + c_{k+1} ((1 - lambda) v_{k+1} + lambda R_{k+1}),   R_H = v_H
+    (9)  R_k = r_{k+1} + c_{k+1} ((1 - lambda) v_{k+1} + lambda R_{k+1}),   R_15 = v_15
 
 the critic learns to predict them, on dreams and, with weight 0.3, on the replayed steps themselves,
 
     (10) L_critic = -ln p(R_k | s_k) - ln p(v_slow(s_k) | s_k)
 
-and the actor is REINFORCE with a baseline again, the first rung of this ladder, but in dreams, where trying is free:
+v_slow being that of a copy that follows it slowly, and the actor is REINFORCE with a baseline again, the second rung of
+this ladder, but in dreams, where trying is free:
 
     (11) L_actor = -sg((R_k - v_k) / max(1, S)) ln pi(a_k | s_k) - 0.0003 H(pi)
 
-S is the range from the 5th to the 95th percentile of returns, averaged slowly over the updates: large returns are
-scaled down to about 1, so that one entropy weight fits all games, and small ones are left alone, so that noise is not
-blown up where nothing is paid yet. Steps after a likely end count less, by the product of the c so far.
+H is the entropy, S the range from the 5th to the 95th percentile of returns, averaged slowly over the updates: large
+returns are scaled down to about 1, so that one entropy weight fits all games, and small ones are left alone, so that
+noise is not blown up where nothing is paid yet. Steps after a likely end count less, by the product of the c so far.
 
 Numbers of any size. Rewards and values may be 0.01 or 10,000. Instead of a number, the heads predict probabilities of
 255 bins, spaced as symexp(-20 ... 20), and learn by cross entropy (two-hot: a target lies between two bins and gives
 each a share). The size of a gradient then does not depend on the size of a reward, and what is read off is the mean.
 Vectors are squashed by symlog(x) = sign(x) ln(1 + |x|). That tames large observations; small ones may be the catch: not
-to know what varies by 0.1 costs only 0.01 of (8), so a larger unit can help the model to remember it. One set of
-hyperparameters serves all; --size scales the networks, and --train-ratio says how often each step is replayed.
+to know what varies by 0.1 costs only 0.01 of (8), so a larger unit can help the model to remember it. In the paper one
+set of hyperparameters serves all, and the defaults are near it; the small models and short runs below had a larger step
+size and smaller batches. --size scales the networks, --train-ratio says how often each step is replayed.
 
 What is still wrong: more parts than all other rungs together, far more computing per step, and whatever the model gets
 wrong is believed by the actor until real play corrects it.
 
     uv run dreamerv3.py --cuda                                                # Super Mario Bros 1-1
-    uv run dreamerv3.py --total-timesteps 160000 --batch-size 8 --batch-length 32 --learning-rate 2e-4 --warmup 200
+    uv run dreamerv3.py --total-timesteps 160000 --batch-size 8 --batch-length 32 --learning-rate 2e-4 --warmup 200 \
+        --eval-every 20000
     uv run dreamerv3.py --env CartPole-v1 --total-timesteps 20000 --num-envs 8 --batch-size 8 --batch-length 32 \
-        --learning-rate 3e-4 --warmup 100 --eval-episodes 100
+        --learning-rate 3e-4 --warmup 100 --eval-every 5000 --eval-episodes 100
     uv run dreamerv3.py --evaluate runs/<run> --eval-episodes 100 --capture-video
 
 Measured on 2 x86-64 cores without a GPU (flags, commits and curves in benchmark/results), size 1m: CartPole-v1, seeds 1
 to 3, 20,000 steps: the best checkpoints return 500 over 100 episodes, the last ones 500, 500 and 194, as evaluations
 rise and fall on the way. Pendulum-v1, seed 1: -149 after 20,000 steps. Super Mario Bros 1-1, seed 1, stopped at step
-120,296: mean x = 1,656 over the last 100 episodes, 1 flag in all; until step 70,000 it had been level with PPO. A ball
-of 16 pixels (benchmark/catch.py) is first drawn after 4,900 and 6,400 updates (two seeds), then every one caught.
+120,296: mean x = 1,656 over the last 100 episodes, 1 flag in all; until step 70,000 it had been level with PPO, and
+hardly above random buttons (727). A ball of 16 pixels (benchmark/catch.py) is first drawn after 4,900 and 6,400 updates
+(two seeds), then every one caught.
 
 Hafner, Pasukonis, Ba, Lillicrap 2025, doi 10.1038/s41586-025-08744-2 and arXiv 2301.04104 (DreamerV3), as the authors'
 later code has it, but for 1 % of uniform policy, which that code leaves out (--actor-unimix 0), and for discrete

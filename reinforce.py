@@ -35,8 +35,8 @@ The start and the game's own rules hold no theta: their gradient is zero, they v
 needed. What was paid before step t cannot depend on a_t, so its product with grad log pi(a_t|s_t) is zero on average.
 What stays is the reward-to-go:
 
-    G_t    = r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ... = r_t + gamma G_{t+1}
-    grad J = E[ sum_t gamma^t grad log pi(a_t|s_t) G_t ]
+         G_t    = r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ... = r_t + gamma G_{t+1}
+    (2)  grad J = E[ sum_t gamma^t grad log pi(a_t|s_t) G_t ]
 
 Play N episodes, average, take a step uphill: what was followed by much reward becomes more likely. Practice drops the
 factor gamma^t (else Mario would hardly learn what to do at the end of the level); --discount-start keeps it.

@@ -33,7 +33,9 @@ same whatever the parameters are called. The bound then fixes its length: x is s
 
 F has as many rows as the network has weights, 1.7 million for Mario, and is never written down. Conjugate gradient
 solves F x = g from products F v alone, and F v is the gradient of (grad KL)'v: twice backwards through the network.
-Every fifth state suffices for F. A little damping, F + 0.1 I, keeps it invertible.
+Every fifth state suffices for F. Damping, F + 0.1 I in place of F, keeps it invertible, and counts as cost in the
+length, too, so that the full step's KL comes out below delta: a median of 0.006 to 0.009 in the runs below, where delta
+is 0.01.
 
 The quadratic model is only a model, so a line search has the last word: it tries the full step, then shorter ones,
 until one of them improves L and keeps the true KL within delta. If none does, the policy stays exactly as it was.
@@ -487,8 +489,8 @@ def update(agent: Agent, args: Args, batch: dict) -> dict:
     old_surrogate = surrogate(log_probs)
     g = flatten(torch.autograd.grad(old_surrogate, parameters))
     product = fisher_product(agent, batch["obs"][:: args.fisher_every], args.cg_damping)
-    x, residual = conjugate_gradient(product, g, args.cg_iterations)  # x = F^-1 g, the natural gradient
-    full_step = (2 * args.max_kl / (x @ product(x)).clamp(min=1e-8)).sqrt() * x  # the quadratic model's KL is max_kl
+    x, residual = conjugate_gradient(product, g, args.cg_iterations)  # F^-1 g, the natural gradient, F damped
+    full_step = (2 * args.max_kl / (x @ product(x)).clamp(min=1e-8)).sqrt() * x  # the damped model's KL is max_kl
 
     old, kl, improvement, tries = flatten(parameters).detach(), torch.zeros(()), torch.zeros(()), 0
     with torch.no_grad():

@@ -20,7 +20,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-from record import LADDER, RESULTS, default_speeds, load
+from record import LADDER, RESULTS, chance, default_speeds, load
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "images"
@@ -69,6 +69,15 @@ def thousands(panel) -> None:
     panel.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x else "0")
 
 
+def by_chance(*panels, at: float = 0.13) -> None:
+    """The mean x of random buttons: below this line nothing has been learnt. Its name stands in the first panel."""
+    x = np.mean([episode["x_pos"] for episode in chance()])
+    for panel in panels:
+        panel.axhline(x, color="gray", linestyle="--", linewidth=1)
+    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "fontsize": 9}
+    panels[0].annotate("random buttons", (at, x), xytext=(0, -11), **place)
+
+
 def cartpole(mode: str):
     """All scripts, 5 seeds (DreamerV3: 3)."""
     figure, panel = plt.subplots(figsize=(6, 3.8))
@@ -94,6 +103,7 @@ def mario(mode: str):
     for panel in (left, right):
         panel.axhline(3161, color="gray", linestyle=":", linewidth=1)
     left.annotate("flag", (2_000, 3161), textcoords="offset points", xytext=(0, -11), fontsize=9)
+    by_chance(left, right)
     thousands(left)
     return figure, left
 
@@ -124,6 +134,7 @@ def efficiency(mode: str):
         draw(left, runs, "charts/x_pos", np.linspace(1_000, end, 150), script, window=50)
         draw(right, runs, "charts/x_pos", np.linspace(60, minutes, 150), script, "time", window=50)
     left.set(xlabel="agent steps", ylabel="mean x, last 50 episodes", ylim=(0, 3300))
+    by_chance(left, right, at=0.6)
     right.set(xlabel="minutes of the runs' own clocks")
     right.xaxis.set_major_formatter(lambda x, _: f"{x / 60:.0f}")
     right.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(3600))
@@ -166,6 +177,7 @@ def unstable(mode: str):
         draw(left, runs, "charts/x_pos", points, script)
         draw(right, runs, "losses/entropy", points, script, window=10)
     left.set(xlabel="agent steps", ylabel="mean x, last 100 episodes", ylim=(0, 1200))
+    by_chance(left)
     right.set(xlabel="agent steps", ylabel="entropy of the policy (nats)", ylim=(0, 2))
     thousands(left)
     thousands(right)
@@ -178,11 +190,12 @@ def variance(mode: str):
     results = json.loads((RESULTS / "variance.json").read_text())
     steps = [int(step) for step in results]
     for name, script, label in (
-        ("without", "reinforce", "weighted by the return G"),
-        ("with", "reinforce_baseline", "weighted by G - V(s)"),
+        ("without", "reinforce", "return G"),
+        ("batch mean", "reinforce", "G - mean of the batch"),
+        ("with", "reinforce_baseline", "G - V(s)"),
     ):
-        figures = [row[name] for row in results.values()]
-        panel.plot(steps, figures, color=COLOURS[script], marker="o", markersize=4, label=label)
+        figures, line = [row[name] for row in results.values()], "--" if name == "batch mean" else "-"
+        panel.plot(steps, figures, line, color=COLOURS[script], marker="o", markersize=4, label=label)
     panel.set(xscale="log", yscale="log", xlabel="agent steps", ylabel="variance of the gradient, 8 episodes")
     panel.set_xticks(steps, minor=False)
     panel.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())

@@ -91,14 +91,23 @@ def default_speeds() -> dict[str, float]:
     return {script: statistics.median(rate for rate, _ in rounds) for script, rounds in of.items()}
 
 
+def chance() -> list[dict]:
+    """Every episode of random buttons on Mario, as benchmark/chance.py has played them."""
+    return json.loads((RESULTS / "chance.json").read_text())
+
+
 def mario_ladder(folders: list[Path], budget: int = 300_000) -> str:
     """What each script had shown after so many agent steps of training: all its episodes, and the last 100 of them;
-    what stands between slashes is one seed each."""
+    what stands between slashes is one seed each. The first line is what random buttons are worth, without training."""
     speeds, runs = default_speeds(), {script: [] for script in LADDER}
     for folder in folders:
         runs[json.loads((folder / "config.json").read_text())["script"]].append(load(folder))
     heads = "script|seeds|agent steps|mean x|best x|flags, last 100|flags, all|return|episodes|steps/s".split("|")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    played = chance()
+    x, flags, paid = ([episode[key] for episode in played] for key in ("x_pos", "flag", "episodic_return"))
+    cells = "", "", f"{statistics.mean(x):,.0f}", f"{max(x):,}", "", sum(flags), f"{statistics.mean(paid):,.0f}"
+    lines.append(f"| random buttons | {' | '.join(map(str, cells))} | {len(played)} |  |")
     for script, seeds in runs.items():
         cells = []
         for config, rows in sorted(seeds, key=lambda run: run[0]["seed"]):

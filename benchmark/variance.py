@@ -17,10 +17,10 @@
     uv run benchmark/variance.py                  # some minutes; writes benchmark/results/variance.json
 
 reinforce_baseline.py learns CartPole with the README's flags. At each point a copy of it goes on with a step size of
-nothing, so that policy and critic stand still, and 60 batches of 8 episodes give 60 gradients three times over: weighted
-by the returns G, by G less the batch's mean (reinforce.py divides that by the deviation, too) and by G - V(s). The figure
-is the sum of the variances of all components (the trace of the covariance) for each of the three, and the squared length
-of the mean gradient beside them.
+nothing, so that policy and critic stand still, and 60 batches of 8 episodes give 60 gradients three times over:
+weighted by the returns G, by G less the batch's mean (reinforce.py divides that by the deviation, too) and by G - V(s).
+The figure is the sum of the variances of all components (the trace of the covariance) for each of the three, and the
+squared length of the mean gradient beside them.
 """
 
 import contextlib

@@ -165,7 +165,7 @@ def test_a2c_loss_and_clipping_by_definition():
     assert_same_weights(one, other)
 
 
-def test_a2c_uses_the_papers_epsilon(call, tmp_path):
+def test_a2c_has_its_epsilon_under_the_root(call, tmp_path):
     flags = "--env CartPole-v1 --num-envs 2 --total-timesteps 10 --eval-episodes 1".split()
     assert call(a2c, *flags, "--run-dir", tmp_path / "run") == 0
     (group,) = a2c.load(tmp_path / "run" / "checkpoint.pt")["optimizer"]["param_groups"]

@@ -27,7 +27,7 @@ def test_each_script_declares_what_requirements_declare():
     required = (ROOT / "requirements.txt").read_text().splitlines()
     for name in SCRIPTS:
         assert metadata(ROOT / f"{name}.py") == {"requires-python": ">=3.13", "dependencies": required}
-    for name in ("speed", "variance", "dmc"):  # which run the scripts
+    for name in ("speed", "variance", "chance", "dmc"):  # which run the scripts
         declared = metadata(ROOT / "benchmark" / f"{name}.py")["dependencies"]
         assert [line for line in declared if line in required] == required
 
@@ -250,6 +250,14 @@ def test_figures_in_the_prose_are_what_was_recorded():
         sum(episode["charts/flag"] for seed in "12" for episode in run(f"{name}__{seed}")[0])
         for name in ("reinforce", "reinforce_baseline")
     ]
+    spreads = json.loads((ROOT / "benchmark/results/variance.json").read_text()).values()
+    bare, fair = ([row[name] / row["with"] for row in spreads] for name in ("without", "batch mean"))
+    chance = [episode["x_pos"] for episode in json.loads((ROOT / "benchmark/results/chance.json").read_text())]
+    error = statistics.stdev(chance) / len(chance) ** 0.5
+    clipped = [
+        statistics.mean(row["losses/clipfrac"] for row in run(f"ppo__{seed}")[1] if "losses/clipfrac" in row) * 100
+        for seed in "12"
+    ]
     promised = [row for row in run("trpo__1")[1] if "losses/kl" in row]
     kept = [row["losses/improvement"] / row["losses/expected_improvement"] for row in promised]
     more_replay, metrics = run("dreamerv3__1__ratio256_stopped")
@@ -263,6 +271,13 @@ def test_figures_in_the_prose_are_what_was_recorded():
     in_pit = sum(1100 <= episode["charts/x_pos"] <= 1140 for episode in more_replay[-100:])
     for sentence in (
         text,
+        f"{len(chance)} episodes) come to a mean x of {statistics.mean(chance):.0f}, with a "
+        f"standard error of {error:.0f}.",
+        f"V makes the variance {min(bare):.0f} to {max(bare):.0f} times smaller",
+        f"V is worth a factor of {', '.join(f'{factor:.1f}' for factor in fair[:-1])} and {fair[-1]:.1f}.",
+        f"in 300,000, where random buttons come to {statistics.mean(chance):.0f}.",
+        f"little above what random buttons give ({statistics.mean(chance):.0f})",
+        f"On Mario {clipped[0]:.0f} and {clipped[1]:.0f} % of all ratios (two seeds) were outside.",
         f"otherwise with the same flags, stopped at step {end:,}:",
         f"The mean x of {came_to:,.0f} that it had reached in the end took the run with ratio 64 {times[0]} as many "
         f"steps, but no more minutes ({minutes_of[0]}, against {own:.0f}), and PPO {times[1]} and {times[2]} as many, "
