@@ -245,6 +245,10 @@ def test_figures_in_the_prose_are_what_was_recorded():
     as_far = [came_as_far(f"ppo__{seed}", reached) for seed in "12"]
     more = [f"{episode['global_step'] / dreamer[-1]['global_step']:.1f}" for episode in as_far]
     earlier, rows = run("dreamerv3__1__stopped")
+    second, rows_of_second = run("dreamerv3__2__stopped")
+    came = statistics.mean(episode["charts/x_pos"] for episode in second[-100:])
+    halted = rows_of_second[-1]["global_step"]
+    as_well = [came_as_far(name, came)["global_step"] for name in ("dreamerv3__1", "ppo__1", "ppo__2")]
     at_goomba = sum(episode["charts/x_pos"] < 330 for episode in earlier[-100:])
     flagged = [
         sum(episode["charts/flag"] for seed in "12" for episode in run(f"{name}__{seed}")[0])
@@ -299,6 +303,9 @@ def test_figures_in_the_prose_are_what_was_recorded():
         f"episode had reached the flag, at step {flags[0]:,}.",
         f"as far after {as_far[0]['global_step']:,} and {as_far[1]['global_step']:,} steps, but in "
         f"{as_far[0]['time'] / 60:.0f} and {as_far[1]['time'] / 60:.0f} minutes: DreamerV3 had taken {minutes:.0f}, on",
+        f"at {x('dreamerv3__2__stopped', 2e4)} at step 20,000, and then faster: {came:,.0f} when it was stopped at "
+        f"step {halted:,}, which seed 1 had after {as_well[0]:,} steps and PPO's seeds after {as_well[1]:,} and "
+        f"{as_well[2]:,}, {as_well[1] / halted:.1f} and {as_well[2] / halted:.1f} times as many.",
         f"was at {x('dreamerv3__1__stopped', 1e9)} when it was stopped at step {rows[-1]['global_step']:,}, where "
         f"{at_goomba} of the last 100 episodes ended at the first goomba",
         f"came to a mean x of {x('dreamerv3__1__12m_stopped', 4e4)}.",
