@@ -14,7 +14,7 @@
 # ///
 """What pressing random buttons is worth on Super Mario Bros 1-1: the ground from which every curve on Mario rises.
 
-    uv run benchmark/chance.py                    # 16 environments, 25 episodes each -> benchmark/results/chance.json
+    uv run benchmark/chance.py                    # some minutes; 16 x 25 episodes -> benchmark/results/chance.json
 
 Every action is drawn uniformly from the seven of SIMPLE_MOVEMENT, every environment plays the same number of episodes.
 """
@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ppo
@@ -32,13 +33,15 @@ import ppo
 def main(num_envs: int = 16, episodes: int = 25, seed: int = 1) -> None:
     envs, rng = ppo.Envs("SuperMarioBros-1-1-v0", num_envs), np.random.default_rng(seed)
     envs.reset(seed)
-    left, played = np.full(num_envs, episodes), []
+    left, played, bar = np.full(num_envs, episodes), [], tqdm(total=num_envs * episodes, unit=" episodes")
     while left.any():
         rows = np.flatnonzero(left)
         envs.step(rng.integers(envs.num_actions, size=len(rows)).tolist(), rows)
         for i, episode in sorted(envs.finished.items()):
             played.append(episode)
             left[i] -= 1
+            bar.update()
+    bar.close()
     path = Path(__file__).parent / "results" / "chance.json"
     path.write_text("[\n" + ",\n".join(map(json.dumps, played)) + "\n]\n")
     x = [episode["x_pos"] for episode in played]

@@ -972,6 +972,15 @@ def test_actions_lie_in_their_space():
         env.step(action)  # asserts that it is one
 
 
+def test_no_dream_is_compiled_for_its_length():
+    agent, compiled = agent_of(IMAGE), []
+    agent.decoder.compile(backend=lambda graph, inputs: compiled.append(graph) or graph.forward, dynamic=False)
+    obs = {"image": torch.zeros(6, 64, 64, 3, dtype=torch.uint8)}
+    for steps in (5, 6):
+        d.dream(agent, {"image": obs["image"][:steps]}, torch.zeros(steps, 4), 3)
+    assert compiled == []
+
+
 def test_the_video_of_a_dream_keeps_no_more_than_it_shows(call, monkeypatch, tmp_path):
     shown = []
     monkeypatch.setattr(d, "draw_dream", lambda agent, seen, *rest: shown.append(len(seen)))
