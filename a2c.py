@@ -238,8 +238,11 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             near = difflib.get_close_matches(name, gym.registry, 4, 0.4)
             others = f"one of another package is written package:{name}"
             fail(f"--env {env_id} is unknown; {others}, the nearest known ids are: {', '.join(near) or 'none'}.")
-        render = {"render_mode": render_mode} if render_mode else {}  # an environment need not know the word
-        env = gym.make(name, disable_env_checker=True, **render)
+        options = {"render_mode": render_mode} if render_mode else {}  # an environment need not know the word
+        spec = gym.registry[name]
+        if str(spec.entry_point).endswith(":AtariEnv") and spec.kwargs.get("obs_type", "rgb") == "rgb":
+            options["frameskip"] = 1  # actions on images are repeated for 4 frames here, whatever the id says
+        env = gym.make(name, disable_env_checker=True, **options)
     except Exception as error:
         fail(f"--env {env_id} cannot be made; {type(error).__name__} says: {error}")
     if isinstance(env.unwrapped, NESEnv) and env.action_space == NESEnv.action_space:

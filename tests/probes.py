@@ -115,6 +115,16 @@ class Screen(gym.Env):
         return self.screen
 
 
+class AtariEnv(Screen):
+    """Repeats actions itself, as ale_py's environments do unless told not to; with "ram" it shows no images."""
+
+    def __init__(self, frameskip=4, obs_type="rgb"):
+        super().__init__()
+        self.frameskip = frameskip
+        if obs_type == "ram":
+            self.observation_space = gym.spaces.Box(0, 255, (128,), np.uint8)
+
+
 class TwoLengths(gym.Env):
     """An episode lasts 1 or 40 steps, with the same probability: 20.5 on average."""
 
@@ -225,6 +235,8 @@ def dark_mario(render_mode=None):
 
 
 gym.register("DarkMario-v0", entry_point=dark_mario)
+gym.register("Atari-v0", entry_point="probes:AtariEnv", kwargs={"frameskip": 4})
+gym.register("Atari-ram-v0", entry_point="probes:AtariEnv", kwargs={"frameskip": 4, "obs_type": "ram"})
 for probe, limit in {
     Constant: 5, OneStep: None, Delayed: None, Copycat: None, Loud: None, Diary: None, Clockwork: None, Screen: None,
     TwoLengths: None, Breaks: 200, NotANumber: 200, Both: 5, BoxActions: 5, DictObs: 5, FromOne: 5,

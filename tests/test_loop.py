@@ -349,6 +349,12 @@ def test_frames_repeat_the_action_and_stop_at_the_end(ppo):
         assert [int(frame.max()) for frame in obs] == [max(4 * (step - k), 0) for k in (3, 2, 1)] + [newest]
 
 
+def test_no_action_is_repeated_twice(script):
+    """4 frames an action by the script and 4 each of them by Atari's environments would be 16."""
+    assert script.make_env("probes:Atari-v0").unwrapped.frameskip == 1
+    assert script.make_env("probes:Atari-ram-v0").unwrapped.frameskip == 4
+
+
 def test_mario_is_grey_small_and_has_seven_actions(ppo):
     envs = ppo.Envs("SuperMarioBros-1-1-v0", 2)
     envs.reset(1)
