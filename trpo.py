@@ -255,9 +255,9 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         fail(f"--env {env_id} cannot be made; {type(error).__name__} says: {error}")
     if isinstance(env.unwrapped, NESEnv) and env.action_space == NESEnv.action_space:
         env = JoypadSpace(env, SIMPLE_MOVEMENT)
-    for space, kind in ((env.action_space, gym.spaces.Discrete), (env.observation_space, gym.spaces.Box)):
-        if not isinstance(space, kind):
-            fail(f"--env {env_id} cannot work; {SCRIPT}.py needs a {kind.__name__} space where it has {space}.")
+    for what, kind in (("action", gym.spaces.Discrete), ("observation", gym.spaces.Box)):
+        if not isinstance(space := getattr(env, f"{what}_space"), kind):
+            fail(f"--env {env_id} has the {what} space {space}; {SCRIPT}.py needs {kind.__name__}; try dreamerv3.py.")
     shape = env.observation_space.shape
     image = env.observation_space.dtype == np.uint8 and len(shape) == 3 and shape[-1] in (1, 3)
     return Frames(env) if image else env

@@ -243,8 +243,8 @@ LOSS = {
     "--max-grad-norm 0": "--max-grad-norm 0.0 cannot work",
 }
 MODEL_FREE = {
-    "--env probes:BoxActions-v0": "needs a Discrete space",
-    "--env probes:DictObs-v0": "needs a Box space",
+    "--env probes:BoxActions-v0": "has the action space Box(",
+    "--env probes:DictObs-v0": "needs Box; try dreamerv3.py",
 }
 CRITIC = {
     "--value-epochs 0": "--value-epochs 0 cannot work",
