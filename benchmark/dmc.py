@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.13"
+# requires-python = ">=3.13,<3.14"  # Box2D has no wheels for 3.14 yet, nes-py none for 3.15
 # dependencies = [
 #     "torch>=2.8,<3",
 #     "gymnasium[box2d,classic-control]>=1.2.3,<2",
