@@ -606,7 +606,7 @@ class Run:
 
     def show(self) -> None:
         """Progress: a bar on a terminal, a line every 5 seconds elsewhere."""
-        self.shown, text = time.time(), ""
+        self.shown, text = time.time(), "no episode has ended yet"
         if self.recent:
             mean = {name: np.mean([episode[name] for episode in self.recent]) for name in self.recent[0]}
             text = f"return {mean['episodic_return']:.1f}"

@@ -65,8 +65,10 @@ def test_progress_lines_without_a_terminal(script, call, tmp_path, capsys, monke
     monkeypatch.setattr(script.time, "time", lambda: float(next(clock)))
     call(script, *tiny(script), "--run-dir", tmp_path / "run")
     lines = [line for line in capsys.readouterr().out.splitlines() if " of 64 steps" in line]
-    assert len(lines) > 5 and all("steps/s" in line for line in lines)
-    assert sum("return" in line for line in lines) > len(lines) / 2  # as soon as an episode has ended
+    assert len(lines) > 5 and all("steps/s, " in line for line in lines)
+    returns = ["return" in line for line in lines]  # as soon as an episode has ended
+    assert returns == sorted(returns) and sum(returns) > len(lines) / 2
+    assert all("no episode has ended yet" in line for line in lines[: returns.index(True)])
 
 
 def test_a_terminal_shows_a_bar_which_says_what_takes_its_time(script, call, monkeypatch, capsys, tmp_path):
