@@ -26,8 +26,9 @@ ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "images"
 MARIO = "SuperMarioBros-1-1-v0"
 COLOURS = dict(zip(LADDER, ["#999999", "#CC79A7", "#D55E00", "#E69F00", "#009E73", "#0072B2", "#56B4E9"], strict=True))
-SECOND, MORE = "dreamerv3, seed 2", "dreamerv3, train ratio 256"
-COLOURS |= {SECOND: "#009E73", MORE: "#D55E00"}
+FIRST, SECOND, MORE, NEAR = "dreamerv3, seed 1", "dreamerv3, seed 2", "train ratio 256", "gamma 0.9"
+COLOURS |= {FIRST: COLOURS["dreamerv3"], SECOND: "#009E73", MORE: "#D55E00", NEAR: "#CC79A7"}
+TRIALS = "ratio256_stopped", "gamma0.9_entropy_stopped"
 LABELS = {script: script.replace("_", " + ") if "baseline" in script else script for script in LADDER}
 UNLIKE = "seed run_dir resume num_threads eval_episodes eval_every save_every log_every capture_video track".split()
 UNLIKE += "wandb_project_name wandb_entity versions device commit".split()
@@ -127,10 +128,10 @@ def efficiency(mode: str):
     """PPO beside DreamerV3, by steps and by minutes."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(6.5, 3.4), sharey=True)
     dreams = recorded(MARIO, "dreamerv3")
-    end = max((rows[-1]["global_step"] for rows in dreams), default=100_000)
-    minutes = max((rows[-1]["time"] for rows in dreams), default=6_000)
-    second, more = ([load(RESULTS / f"{MARIO}__dreamerv3__{run}_stopped")[1]] for run in ("2_", "1__ratio256"))
-    lines = {"ppo": recorded(MARIO, "ppo"), "dreamerv3": dreams, SECOND: second, MORE: more}
+    end = max(rows[-1]["global_step"] for rows in dreams)
+    minutes = max(rows[-1]["time"] for rows in dreams)
+    more, near = ([load(RESULTS / f"{MARIO}__dreamerv3__1__{run}")[1]] for run in TRIALS)
+    lines = {"ppo": recorded(MARIO, "ppo"), FIRST: dreams[:1], SECOND: dreams[1:], MORE: more, NEAR: near}
     for script, runs in lines.items():
         draw(left, runs, "charts/x_pos", np.linspace(1_000, end, 150), script, window=50)
         draw(right, runs, "charts/x_pos", np.linspace(60, minutes, 150), script, "time", window=50)

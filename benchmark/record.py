@@ -58,7 +58,9 @@ def final_table(folders: list[Path]) -> str:
         digits = 0 if abs(last[0]["eval/return_mean"]) > 10 else 2
         returns = (f"{row['eval/return_mean']:.{digits}f} ± {row['eval/return_std']:.{digits}f}" for row in last)
         minutes = statistics.mean(row["time"] for row in last) / 60
-        steps, episodes = f"{last[0]['global_step']:,}", f"{last[0]['eval/episodes']:.0f}"
+        ends = [row["global_step"] for row in last]
+        steps = f"{min(ends):,} to {max(ends):,}" if len(set(ends)) > 1 else f"{ends[0]:,}"
+        episodes = f"{last[0]['eval/episodes']:.0f}"
         lines.append(f"| `{env}` | {script} | {seeds} | {steps} | {', '.join(returns)} | {episodes} | {minutes:.1f} |")
     return "\n".join(lines)
 
@@ -174,21 +176,22 @@ def catch_table(every: int = 5000) -> str:
 
 def dreams_of_mario(every: int = 20_000) -> str:
     """DreamerV3 on Mario beside PPO: what its model misses of the picture, how far the last 100 episodes of training
-    came, how many have reached the flag so far; what stands between slashes is one seed of PPO each."""
-    (config, dreams), *plays = (load(RESULTS / f"{MARIO}__{run}") for run in ("dreamerv3__1", "ppo__1", "ppo__2"))
-    lines = ["| agent steps | updates | image loss | mean x | of PPO | flags | of PPO | minutes | of PPO |"]
+    came, how many have reached the flag so far; what stands between slashes is one seed each."""
+    runs = [load(RESULTS / f"{MARIO}__{run}") for run in ("dreamerv3__1", "dreamerv3__2", "ppo__1", "ppo__2")]
+    lines = ["| agent steps | updates | image loss, seed 1 / 2 | mean x | of PPO | flags | of PPO | minutes | of PPO |"]
     lines += ["|---" * 9 + "|"]
-    for step in range(every, dreams[-1]["global_step"] + every // 20, every):
+    ends = [rows[-1]["global_step"] + every // 20 for _, rows in runs]
+    for step in range(every, max(ends[:2]), every):
         cells = []
-        for rows in (dreams, *(rows for _, rows in plays)):
+        for (_, rows), end in zip(runs, ends, strict=True):
             before = [row for row in rows if row["global_step"] <= step]
+            image = [row["losses/image"] for row in before if "losses/image" in row][-1:]
             flags = [row["charts/flag"] for row in before if "charts/flag" in row]
             x = statistics.mean([row["charts/x_pos"] for row in before if "charts/x_pos" in row][-100:])
-            cells.append((f"{x:,.0f}", f"{sum(flags)}", f"{before[-1]['time'] / 60:.0f}"))
-        image = [row["losses/image"] for row in dreams if "losses/image" in row and row["global_step"] <= step][-1]
-        figures = [f"{step:,}", updates(config, step), f"{image:.1f}"]
-        for mine, *theirs in zip(*cells, strict=True):
-            figures += [mine, " / ".join(theirs)]
+            figures = f"{sum(image):.1f}", f"{x:,.0f}", f"{sum(flags)}", f"{before[-1]['time'] / 60:.0f}"
+            cells.append(figures if step < end else "----")
+        image, *others = ([" / ".join(pair) for pair in (row[:2], row[2:])] for row in zip(*cells, strict=True))
+        figures = [f"{step:,}", updates(runs[0][0], step), image[0], *(pair for other in others for pair in other)]
         lines.append(f"| {' | '.join(figures)} |")
     return "\n".join(lines)
 
@@ -210,6 +213,23 @@ def replayed_more(every: int = 5_000) -> str:
     return "\n".join(lines)
 
 
+def nearer_view(every: int = 10_000) -> str:
+    """DreamerV3 on Mario with PPO's discount and a larger entropy bonus, beside its own discount and PPO: the last 100
+    episodes of training; what stands between slashes is one seed each."""
+    names = "dreamerv3__1__gamma0.9_entropy_stopped", "dreamerv3__1", "dreamerv3__2", "ppo__1", "ppo__2"
+    runs = [load(RESULTS / f"{MARIO}__{name}")[1] for name in names]
+    heads = "agent steps|mean x|with 0.997, seed 1 / 2|of PPO|entropy|with 0.997"
+    lines = [f"| {heads.replace('|', ' | ')} |", "|---" * 6 + "|"]
+    for step in range(every, runs[0][-1]["global_step"] + every // 10, every):
+        before = [[row for row in rows if row["global_step"] <= step] for rows in runs]
+        x = [statistics.mean([r["charts/x_pos"] for r in rows if "charts/x_pos" in r][-100:]) for rows in before]
+        entropy = [f"{[r['losses/entropy'] for r in rows if 'losses/entropy' in r][-1]:.2f}" for rows in before[:3]]
+        x = [f"{mean:,.0f}" for mean in x]
+        figures = x[0], " / ".join(x[1:3]), " / ".join(x[3:]), entropy[0], " / ".join(entropy[1:])
+        lines.append(f"| {step:,} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     """All tables of the README that come from recorded runs, by their headings."""
     folders = sorted(path.parent for path in RESULTS.glob("*/metrics.jsonl.gz") if path.parent.name.count("__") == 2)
@@ -219,7 +239,7 @@ def tables() -> dict[str, str]:
     ppo = [path for path in folders if path.name.startswith(f"{MARIO}__ppo")]
     found |= {"Mario, PPO": mario_table(ppo), "Cartpole swing-up, DreamerV3": control_table()}
     found |= {"Mario, DreamerV3 beside PPO": dreams_of_mario(), "Mario, more replay": replayed_more()}
-    return found | {"Catch": catch_table()}
+    return found | {"Mario, a nearer view": nearer_view(), "Catch": catch_table()}
 
 
 def main() -> None:

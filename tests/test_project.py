@@ -245,10 +245,22 @@ def test_figures_in_the_prose_are_what_was_recorded():
     as_far = [came_as_far(f"ppo__{seed}", reached) for seed in "12"]
     more = [f"{episode['global_step'] / dreamer[-1]['global_step']:.1f}" for episode in as_far]
     earlier, rows = run("dreamerv3__1__stopped")
-    second, rows_of_second = run("dreamerv3__2__stopped")
+    second, second_rows = run("dreamerv3__2")
     came = statistics.mean(episode["charts/x_pos"] for episode in second[-100:])
-    halted = rows_of_second[-1]["global_step"]
-    as_well = [came_as_far(name, came)["global_step"] for name in ("dreamerv3__1", "ppo__1", "ppo__2")]
+    second_flags = [episode["global_step"] for episode in second if episode["charts/flag"]]
+    halted = second_rows[-1]["global_step"]
+    as_well = [came_as_far(f"ppo__{seed}", came)["global_step"] for seed in "12"]
+    frozen, frozen_rows = run("dreamerv3__1__gamma0.9_stopped")
+    frozen_at = frozen_rows[-1]["global_step"]
+    then = [
+        [row for row in rows if "losses/entropy" in row and row["global_step"] <= frozen_at][-1]
+        for rows in (frozen_rows, run("dreamerv3__1")[1], run("dreamerv3__2")[1])
+    ]
+    undecided, scale = ([row[f"losses/{name}"] for row in then] for name in ("entropy", "return_scale"))
+    nearer = run("dreamerv3__1__gamma0.9_entropy_stopped")[1][-1]["global_step"]
+    for step in (3e4, 4e4, 5e4, 7e4):  # "ahead of both seeds", then "seed 2 passes it"
+        near, *seeds = (x(f"dreamerv3__{name}", step) for name in ("1__gamma0.9_entropy_stopped", "1", "2"))
+        assert near > max(seeds) if step < 6e4 else near < seeds[1]
     at_goomba = sum(episode["charts/x_pos"] < 330 for episode in earlier[-100:])
     flagged = [
         sum(episode["charts/flag"] for seed in "12" for episode in run(f"{name}__{seed}")[0])
@@ -283,7 +295,7 @@ def test_figures_in_the_prose_are_what_was_recorded():
         f"little above what random buttons give ({statistics.mean(chance):.0f})",
         f"On Mario {clipped[0]:.0f} and {clipped[1]:.0f} % of all ratios (two seeds) were outside.",
         f"otherwise with the same flags, stopped at step {end:,}:",
-        f"The mean x of {came_to:,.0f} that it had reached in the end took the run with ratio 64 {times[0]} as many "
+        f"The mean x of {came_to:,.0f} that it had reached in the end took seed 1 with ratio 64 {times[0]} as many "
         f"steps, but no more minutes ({minutes_of[0]}, against {own:.0f}), and PPO {times[1]} and {times[2]} as many, "
         f"in {minutes_of[1]} minutes each.",
         f"In {in_pit} of its last 100 episodes",
@@ -298,14 +310,21 @@ def test_figures_in_the_prose_are_what_was_recorded():
         "last 100 episodes end at the first goomba.",
         f"The median update brought {statistics.median(kept):.0%} of".replace("%", " %"),
         f"evaluations and all, made {stopped / minutes / 60:.0f} steps/s",
-        f"PPO needed **{more[0]} and {more[1]} times** as many (two seeds)",
-        f"Where it was stopped, at step {stopped:,}, the mean x of the last 100 episodes was {reached:,.0f}, and one "
-        f"episode had reached the flag, at step {flags[0]:,}.",
+        f"needed **{more[0]} and {more[1]} times** as many as DreamerV3's seed 1, "
+        f"**{as_well[0] / halted:.1f} and {as_well[1] / halted:.1f} times** as many as its seed 2,",
+        f"`dreamerv3.py` got as far as {stopped:,} and {halted:,} steps,",
+        f"Where seed 1 was stopped, at step {stopped:,}, the mean x of the last 100 episodes was {reached:,.0f}, and "
+        f"one episode had reached the flag, at step {flags[0]:,}.",
         f"as far after {as_far[0]['global_step']:,} and {as_far[1]['global_step']:,} steps, but in "
         f"{as_far[0]['time'] / 60:.0f} and {as_far[1]['time'] / 60:.0f} minutes: DreamerV3 had taken {minutes:.0f}, on",
-        f"at {x('dreamerv3__2__stopped', 2e4)} at step 20,000, and then faster: {came:,.0f} when it was stopped at "
-        f"step {halted:,}, which seed 1 had after {as_well[0]:,} steps and PPO's seeds after {as_well[1]:,} and "
-        f"{as_well[2]:,}, {as_well[1] / halted:.1f} and {as_well[2] / halted:.1f} times as many.",
+        f"ended at step {halted:,}, after {second_rows[-1]['time'] / 60:.0f} minutes, at {came:,.0f}, and "
+        f"{len(second_flags)} episodes had reached the flag, the first at step {second_flags[0]:,}; PPO's seeds came "
+        f"as far after {as_well[0]:,} and {as_well[1]:,} steps.",
+        f"when the run was stopped, at step {frozen_at:,}: its entropy was {undecided[0]:.2f} (with 0.997 "
+        f"{undecided[1]:.2f} and {undecided[2]:.2f}), and "
+        f"{sum(episode['charts/x_pos'] < 330 for episode in frozen[-100:])} of its last 100 episodes",
+        f"S in (11) was {scale[0]:.0f}, not {scale[1]:.0f} or {scale[2]:.0f},",
+        f"seed 1, on one core, stopped at step {nearer:,}:",
         f"was at {x('dreamerv3__1__stopped', 1e9)} when it was stopped at step {rows[-1]['global_step']:,}, where "
         f"{at_goomba} of the last 100 episodes ended at the first goomba",
         f"came to a mean x of {x('dreamerv3__1__12m_stopped', 4e4)}.",
@@ -376,11 +395,12 @@ def test_figures_in_the_docstrings_are_what_was_recorded():
         text = f"Super Mario Bros 1-1, {seeds}, 300,000 steps: mean x = {x} over the last 100 episodes, {flags} flags"
         assert f"{text} in all" in doc, (name, text)
 
-    dreams = record.load(record.RESULTS / "SuperMarioBros-1-1-v0__dreamerv3__1")[1]
-    episodes = [row for row in dreams if "charts/flag" in row]
-    text = f"stopped at step {dreams[-1]['global_step']:,}: mean x = "
-    text += f"{statistics.mean(row['charts/x_pos'] for row in episodes[-100:]):,.0f} over the last 100 episodes, "
-    text += f"{sum(row['charts/flag'] for row in episodes)} flag in all"
+    dreams = [record.load(record.RESULTS / f"SuperMarioBros-1-1-v0__dreamerv3__{seed}")[1] for seed in "12"]
+    episodes = [[row for row in rows if "charts/flag" in row] for rows in dreams]
+    x = [f"{statistics.mean(row['charts/x_pos'] for row in run[-100:]):,.0f}" for run in episodes]
+    flags = [sum(row["charts/flag"] for row in run) for run in episodes]
+    text = f"steps {dreams[0][-1]['global_step']:,} and {dreams[1][-1]['global_step']:,}: mean x = "
+    text += f"{x[0]} and {x[1]} over the last 100 episodes, {flags[0]} and {flags[1]} flags in all"
     assert text in " ".join(__import__("dreamerv3").__doc__.split()), text
 
 
@@ -446,7 +466,8 @@ def test_evaluations_of_the_readme_are_what_was_printed():
     printed = json.loads((ROOT / "benchmark" / "results" / "evaluations.json").read_text())
 
     def figures(line):
-        return [float(figure) for figure in re.search(r"return (\S+) \+- ([\d.]+)(?:, flag (\d+)%)?", line).groups(0)]
+        pattern = r"return (\S+) \+- ([\d.]+)(?:, flag (\d+)%, x (\d+) \+- (\d+))?"
+        return [float(figure) for figure in re.search(pattern, line).groups(0)]
 
     hundred = {name: figures(line) for name, line in printed["--eval-episodes 100 --seed 123"].items()}
     files = [f"SuperMarioBros-1-1-v0__ppo__{s}/{file}.pt" for file in ("best", "checkpoint") for s in "12"]
@@ -457,6 +478,9 @@ def test_evaluations_of_the_readme_are_what_was_printed():
     sentence += f"(returns of best.pt {returns[0]} and {returns[1]}, of the last one {returns[2]} and {returns[3]})"
     assert sentence in prose, sentence
     assert [hundred[f"CartPole-v1__dreamerv3__{seed}/best.pt"][0] for seed in "123"] == [500] * 3  # as chapter 7 says
+    *_, reached, x, spread = hundred["SuperMarioBros-1-1-v0__dreamerv3__2/best.pt"]
+    sentence = f"100 further episodes (`--seed 123`): {reached:.0f} flags, mean x {x:,.0f} ± {spread:.0f}."
+    assert sentence in prose, sentence
     (flag,) = printed["--eval-episodes 1"].values()
     assert f"drawn from the policy: the flag, return {figures(flag)[0]:,.0f}." in prose
     for name, lines in printed["--eval-episodes 1, --seed 1 to 5"].items():
