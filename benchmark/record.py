@@ -174,6 +174,11 @@ def catch_table(every: int = 5000) -> str:
     return "\n".join(lines)
 
 
+def latest(rows: list[dict], key: str, step: int, count: int = 1) -> float:
+    """The mean of the last `count` figures of this name up to a step."""
+    return statistics.mean([row[key] for row in rows if key in row and row["global_step"] <= step][-count:])
+
+
 def dreams_of_mario(every: int = 20_000) -> str:
     """DreamerV3 on Mario beside PPO: what its model misses of the picture, how far the last 100 episodes of training
     came, how many have reached the flag so far; what stands between slashes is one seed each."""
@@ -182,16 +187,16 @@ def dreams_of_mario(every: int = 20_000) -> str:
     lines += ["|---" * 9 + "|"]
     ends = [rows[-1]["global_step"] + every // 20 for _, rows in runs]
     for step in range(every, max(ends[:2]), every):
-        cells = []
-        for (_, rows), end in zip(runs, ends, strict=True):
-            before = [row for row in rows if row["global_step"] <= step]
-            image = [row["losses/image"] for row in before if "losses/image" in row][-1:]
-            flags = [row["charts/flag"] for row in before if "charts/flag" in row]
-            x = statistics.mean([row["charts/x_pos"] for row in before if "charts/x_pos" in row][-100:])
-            figures = f"{sum(image):.1f}", f"{x:,.0f}", f"{sum(flags)}", f"{before[-1]['time'] / 60:.0f}"
-            cells.append(figures if step < end else "----")
-        image, *others = ([" / ".join(pair) for pair in (row[:2], row[2:])] for row in zip(*cells, strict=True))
-        figures = [f"{step:,}", updates(runs[0][0], step), image[0], *(pair for other in others for pair in other)]
+        images, others = [], []
+        for (config, rows), end in zip(runs, ends, strict=True):
+            over, flags = step >= end, sum(row.get("charts/flag", 0) for row in rows if row["global_step"] <= step)
+            if config["script"] == "dreamerv3":
+                images.append("-" if over else f"{latest(rows, 'losses/image', step):.1f}")
+            x, minutes = latest(rows, "charts/x_pos", step, 100), latest(rows, "time", step) / 60
+            others.append(["-"] * 3 if over else [f"{x:,.0f}", f"{flags}", f"{minutes:.0f}"])
+        figures = [f"{step:,}", updates(runs[0][0], step), " / ".join(images)]
+        for column in zip(*others, strict=True):
+            figures += [" / ".join(column[:2]), " / ".join(column[2:])]
         lines.append(f"| {' | '.join(figures)} |")
     return "\n".join(lines)
 
@@ -199,17 +204,15 @@ def dreams_of_mario(every: int = 20_000) -> str:
 def replayed_more(every: int = 5_000) -> str:
     """DreamerV3 on Mario with each step replayed 256 and 64 times, beside PPO: the last 100 episodes of training."""
     names = "dreamerv3__1__ratio256_stopped", "dreamerv3__1", "ppo__1", "ppo__2"
-    runs = [load(RESULTS / f"{MARIO}__{name}") for name in names]
+    configs, runs = zip(*(load(RESULTS / f"{MARIO}__{name}") for name in names), strict=True)
     heads = "agent steps|updates|at ratio 64|image loss|at ratio 64|mean x|at ratio 64|of PPO|minutes|at ratio 64"
     lines = [f"| {heads.replace('|', ' | ')} |", "|---" * 10 + "|"]
-    for step in range(every, runs[0][1][-1]["global_step"] + 1, every):
-        before = [[row for row in rows if row["global_step"] <= step] for _, rows in runs]
-        x = [statistics.mean([r["charts/x_pos"] for r in rows if "charts/x_pos" in r][-100:]) for rows in before]
-        x = [f"{mean:,.0f}" for mean in x]
-        image = [f"{[r['losses/image'] for r in rows if 'losses/image' in r][-1]:.1f}" for rows in before[:2]]
-        figures = [f"{step:,}", *(updates(config, step) for config, _ in runs[:2]), *image]
-        figures += [*x[:2], " / ".join(x[2:]), *(f"{rows[-1]['time'] / 60:.0f}" for rows in before[:2])]
-        lines.append(f"| {' | '.join(figures)} |")
+    for step in range(every, runs[0][-1]["global_step"] + 1, every):
+        x = [f"{latest(rows, 'charts/x_pos', step, 100):,.0f}" for rows in runs]
+        image = [f"{latest(rows, 'losses/image', step):.1f}" for rows in runs[:2]]
+        minutes = [f"{latest(rows, 'time', step) / 60:.0f}" for rows in runs[:2]]
+        made = [updates(config, step) for config in configs[:2]]
+        lines.append(f"| {' | '.join([f'{step:,}', *made, *image, *x[:2], ' / '.join(x[2:]), *minutes])} |")
     return "\n".join(lines)
 
 
@@ -221,10 +224,8 @@ def nearer_view(every: int = 10_000) -> str:
     heads = "agent steps|mean x|with 0.997, seed 1 / 2|of PPO|entropy|with 0.997"
     lines = [f"| {heads.replace('|', ' | ')} |", "|---" * 6 + "|"]
     for step in range(every, runs[0][-1]["global_step"] + every // 10, every):
-        before = [[row for row in rows if row["global_step"] <= step] for rows in runs]
-        x = [statistics.mean([r["charts/x_pos"] for r in rows if "charts/x_pos" in r][-100:]) for rows in before]
-        entropy = [f"{[r['losses/entropy'] for r in rows if 'losses/entropy' in r][-1]:.2f}" for rows in before[:3]]
-        x = [f"{mean:,.0f}" for mean in x]
+        x = [f"{latest(rows, 'charts/x_pos', step, 100):,.0f}" for rows in runs]
+        entropy = [f"{latest(rows, 'losses/entropy', step):.2f}" for rows in runs[:3]]
         figures = x[0], " / ".join(x[1:3]), " / ".join(x[3:]), entropy[0], " / ".join(entropy[1:])
         lines.append(f"| {step:,} | {' | '.join(figures)} |")
     return "\n".join(lines)
