@@ -564,7 +564,7 @@ class Run:
         whole = min(state.get("metrics_bytes", 0), self.file.tell())
         self.file.seek(self.file.truncate(whole))  # what followed is played again
         self.began = time.time() - state.get("seconds", 0)
-        self.clock, self.shown, self.sps = (time.time(), self.global_step), time.time(), 0.0
+        self.clock, self.shown, self.sps = (time.time(), self.global_step), time.time(), math.inf
         self.recent, self.sums, self.wandb = deque(state.get("recent", ()), 100), {}, None
         self.updates = 0  # whose figures are in the sums
         total, hidden = args.total_timesteps, not sys.stderr.isatty()
@@ -645,8 +645,8 @@ class Run:
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(self.global_step - self.bar.n)
         if self.bar.disable:
-            since = self.shown - self.clock[0]
-            sps = self.sps or (self.global_step - self.clock[1]) / since  # until the first update: of playing alone
+            since = max(self.shown - self.clock[0], 1e-9)
+            sps = min(self.sps, (self.global_step - self.clock[1]) / since)  # as lately, or slower if updates begin
             print(f"{self.global_step:,} of {self.bar.total:,} steps, {sps:,.0f} steps/s, {text}", flush=True)
 
     @property

@@ -5,6 +5,7 @@ import importlib
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -69,6 +70,21 @@ def test_progress_lines_without_a_terminal(script, call, tmp_path, capsys, monke
     returns = ["return" in line for line in lines]  # as soon as an episode has ended
     assert returns == sorted(returns) and sum(returns) > len(lines) / 2
     assert all("no episode has ended yet" in line for line in lines[: returns.index(True)])
+
+
+def test_the_speed_that_is_shown_drops_when_updates_begin(script, monkeypatch, capsys):
+    monkeypatch.setattr(script.time, "time", lambda: 1000.0)
+    bar = types.SimpleNamespace(disable=True, n=0, total=500, set_postfix_str=lambda *_, **__: None, update=lambda n: n)
+    run = types.SimpleNamespace(bar=bar, recent=[], global_step=300)
+    for clock, sps, shown in (
+        ((980.0, 100), math.inf, "10"),  # nothing measured yet: 200 steps in 20 s
+        ((980.0, 100), 440.0, "10"),  # faster before, when there was nothing to learn from
+        ((999.5, 200), 20.0, "20"),  # playing only so far, its update comes later
+        ((1000.0, 200), 20.0, "20"),  # in the same tick of the clock
+    ):
+        run.clock, run.sps = clock, sps
+        script.Run.show(run)
+        assert f"300 of 500 steps, {shown} steps/s" in capsys.readouterr().out
 
 
 def test_a_terminal_shows_a_bar_which_says_what_takes_its_time(script, call, monkeypatch, capsys, tmp_path):
