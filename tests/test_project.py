@@ -404,6 +404,14 @@ def test_figures_in_the_docstrings_are_what_was_recorded():
     assert text in " ".join(__import__("dreamerv3").__doc__.split()), text
 
 
+def test_returns_of_sb3_on_lunar_lander_are_what_was_recorded():
+    rows = json.loads((ROOT / "benchmark/results/sb3_lunarlander.json").read_text())["rows"]
+    assert [row[0] for row in rows] == [1, 2, 3]
+    drawn, likeliest = ([f"{row[column]:.0f}" for row in rows] for column in (1, 3))
+    text = "seeds 1 to 3, it came to {}, {} and {} over 100 episodes (to {}, {} and {} with the likeliest action"
+    assert text.format(*drawn, *likeliest) in " ".join(README.split())
+
+
 def test_returns_of_dreamer_beside_sheeprl_are_what_was_recorded():
     sys.path.append(str(ROOT / "benchmark"))
     import record
