@@ -127,22 +127,29 @@ def mario_ladder(folders: list[Path], budget: int = 300_000) -> str:
 
 
 def control_table() -> str:
-    """DreamerV3's training returns on the Control Suite beside the published ones, per 10,000 frames: 5,000 steps."""
+    """DreamerV3's training returns on the Control Suite beside the published ones, per 10,000 frames: 5,000 steps; what
+    stands between slashes is one seed each."""
     published = json.loads((RESULTS / "published.json").read_text())
-    runs = [load(folder) for folder in sorted(RESULTS.glob("dmc-cartpole-swingup-v0__dreamerv3__*"))]
-    heads = [f"`--size {config['size']}`, step size {config['learning_rate']:g}" for config, _ in runs]
-    lines = [f"| frames | published, 12m, 5 seeds | {' | '.join(heads)} |", "|---" * (2 + len(runs)) + "|"]
+    runs = {}
+    for folder in sorted(RESULTS.glob("dmc-cartpole-swingup-v0__dreamerv3__*")):
+        config, metrics = load(folder)
+        runs.setdefault(f"`--size {config['size']}`, step size {config['learning_rate']:g}", []).append(metrics)
+    lines = [f"| frames | published, 12m, 5 seeds | {' | '.join(runs)} |", "|---" * (2 + len(runs)) + "|"]
     for row, frames in enumerate(published["frames"]):
         returns = [seed[row] for seed in published["returns"].values()]
         cells = [f"{statistics.mean(returns):.0f} ({min(returns):.0f} to {max(returns):.0f})"]
-        for _, metrics in runs:
+        for seeds in runs.values():
             mine = [
-                line["charts/episodic_return"]
-                for line in metrics
-                if "charts/episodic_return" in line and frames - 10_000 < 2 * line["global_step"] <= frames
+                [
+                    line["charts/episodic_return"]
+                    for line in metrics
+                    if "charts/episodic_return" in line and frames - 10_000 < 2 * line["global_step"] <= frames
+                ]
+                for metrics in seeds
             ]
-            whole = 2 * metrics[-1]["global_step"] >= frames
-            cells.append(f"{statistics.mean(mine):.0f}" if whole else "")
+            whole = [2 * metrics[-1]["global_step"] >= frames for metrics in seeds]
+            means = [f"{statistics.mean(paid):.0f}" if w else "-" for paid, w in zip(mine, whole, strict=True)]
+            cells.append(" / ".join(means))
         lines.append(f"| {frames:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
