@@ -250,6 +250,16 @@ def test_figures_in_the_prose_are_what_was_recorded():
     second_flags = [episode["global_step"] for episode in second if episode["charts/flag"]]
     halted = second_rows[-1]["global_step"]
     as_well = [came_as_far(f"ppo__{seed}", came)["global_step"] for seed in "12"]
+    ends = range(100, len(second) + 1)
+    best, end = max((statistics.mean(e["charts/x_pos"] for e in second[i - 100 : i]), i) for i in ends)
+    top, flagged_then = second[end - 1], sum(episode["charts/flag"] for episode in second[end - 100 : end])
+    as_high = [came_as_far(f"ppo__{seed}", best)["global_step"] for seed in "12"]
+    died = [sum(low <= e["charts/x_pos"] < high for e in second[-100:]) for low, high in ((1790, 1800), (2010, 2030))]
+    halves = []
+    for seed in "12":
+        episodes, _ = run(f"ppo__{seed}")
+        flags_of = [episode["charts/flag"] for episode in episodes]
+        halves.append(next(e for i, e in enumerate(episodes) if sum(flags_of[max(0, i - 99) : i + 1]) >= 50))
     frozen, frozen_rows = run("dreamerv3__1__gamma0.9_stopped")
     frozen_at = frozen_rows[-1]["global_step"]
     then = [
@@ -311,15 +321,21 @@ def test_figures_in_the_prose_are_what_was_recorded():
         f"The median update brought {statistics.median(kept):.0%} of".replace("%", " %"),
         f"evaluations and all, made {stopped / minutes / 60:.0f} steps/s",
         f"needed **{more[0]} and {more[1]} times** as many as DreamerV3's seed 1, "
-        f"**{as_well[0] / halted:.1f} and {as_well[1] / halted:.1f} times** as many as its seed 2,",
+        f"**{as_high[0] / top['global_step']:.1f} and {as_high[1] / top['global_step']:.1f} times** as many as its "
+        "seed 2 at its best,",
         f"`dreamerv3.py` got as far as {stopped:,} and {halted:,} steps,",
         f"Where seed 1 was stopped, at step {stopped:,}, the mean x of the last 100 episodes was {reached:,.0f}, and "
         f"one episode had reached the flag, at step {flags[0]:,}.",
         f"as far after {as_far[0]['global_step']:,} and {as_far[1]['global_step']:,} steps, but in "
         f"{as_far[0]['time'] / 60:.0f} and {as_far[1]['time'] / 60:.0f} minutes: DreamerV3 had taken {minutes:.0f}, on",
-        f"ended at step {halted:,}, after {second_rows[-1]['time'] / 60:.0f} minutes, at {came:,.0f}, and "
-        f"{len(second_flags)} episodes had reached the flag, the first at step {second_flags[0]:,}; PPO's seeds came "
-        f"as far after {as_well[0]:,} and {as_well[1]:,} steps.",
+        f"rose until step {top['global_step']:,}: after {top['time'] / 60:.0f} minutes its last 100 episodes were at "
+        f"{best:,.0f}, with {flagged_then} flags among them, the first of all at step {second_flags[0]:,}. PPO's seeds "
+        f"came as far after {as_high[0]:,} and {as_high[1]:,} steps.",
+        f"stopped, at step {halted:,}, after {second_rows[-1]['time'] / 60:.0f} minutes, its last 100 episodes were at "
+        f"{came:,.0f}, with {sum(e['charts/flag'] for e in second[-100:]):.0f} flags, {len(second_flags)} in all; "
+        f"PPO's seeds came as far after {as_well[0]:,} and {as_well[1]:,} steps, and had more flags by then. "
+        f"{sum(died)} of these episodes ended in two places, {died[0]} at x = 1,790 to 1,799 and {died[1]} at 2,010 to 2,029:",
+        f"which PPO's seeds had after {halves[0]['global_step']:,} and {halves[1]['global_step']:,} steps, it has not",
         f"when the run was stopped, at step {frozen_at:,}: its entropy was {undecided[0]:.2f} (with 0.997 "
         f"{undecided[1]:.2f} and {undecided[2]:.2f}), and "
         f"{sum(episode['charts/x_pos'] < 330 for episode in frozen[-100:])} of its last 100 episodes",
@@ -486,8 +502,9 @@ def test_evaluations_of_the_readme_are_what_was_printed():
     sentence += f"(returns of best.pt {returns[0]} and {returns[1]}, of the last one {returns[2]} and {returns[3]})"
     assert sentence in prose, sentence
     assert [hundred[f"CartPole-v1__dreamerv3__{seed}/best.pt"][0] for seed in "123"] == [500] * 3  # as chapter 7 says
-    *_, reached, x, spread = hundred["SuperMarioBros-1-1-v0__dreamerv3__2/best.pt"]
-    sentence = f"100 further episodes (`--seed 123`): {reached:.0f} flags, mean x {x:,.0f} ± {spread:.0f}."
+    dreams = [hundred[f"SuperMarioBros-1-1-v0__dreamerv3__2/{file}.pt"][2:] for file in ("best", "checkpoint")]
+    dreams = [f"{reached:.0f} flags, mean x {x:,.0f} ± {spread:.0f}" for reached, x, spread in dreams]
+    sentence = f"100 further episodes (`--seed 123`): {dreams[0]}; its last one {dreams[1]}."
     assert sentence in prose, sentence
     (flag,) = printed["--eval-episodes 1"].values()
     assert f"drawn from the policy: the flag, return {figures(flag)[0]:,.0f}." in prose
