@@ -334,7 +334,8 @@ def test_figures_in_the_prose_are_what_was_recorded():
         f"stopped, at step {halted:,}, after {second_rows[-1]['time'] / 60:.0f} minutes, its last 100 episodes were at "
         f"{came:,.0f}, with {sum(e['charts/flag'] for e in second[-100:]):.0f} flags, {len(second_flags)} in all; "
         f"PPO's seeds came as far after {as_well[0]:,} and {as_well[1]:,} steps, and had more flags by then. "
-        f"{sum(died)} of these episodes ended in two places, {died[0]} at x = 1,790 to 1,799 and {died[1]} at 2,010 to 2,029:",
+        f"{sum(died)} of these episodes ended in two places, {died[0]} at x = 1,790 to 1,799 and {died[1]} at 2,010 "
+        "to 2,029:",
         f"which PPO's seeds had after {halves[0]['global_step']:,} and {halves[1]['global_step']:,} steps, it has not",
         f"when the run was stopped, at step {frozen_at:,}: its entropy was {undecided[0]:.2f} (with 0.997 "
         f"{undecided[1]:.2f} and {undecided[2]:.2f}), and "
@@ -370,6 +371,13 @@ def test_figures_beside_the_tables_are_what_was_recorded():
     control = record.load(record.RESULTS / "dmc-cartpole-swingup-v0__dreamerv3__1__lr1.6e-4_stopped")[1]
     late = [row["charts/episodic_return"] for row in control if "charts/episodic_return" in row]
     late = late[-sum(2 * row["global_step"] > 30_000 for row in control if "charts/episodic_return" in row) :]
+    second = record.load(record.RESULTS / "dmc-cartpole-swingup-v0__dreamerv3__2__lr1.6e-4")[1]
+    published = json.loads((record.RESULTS / "published.json").read_text())
+    for frames, *seeds in zip(published["frames"], *published["returns"].values(), strict=True):
+        then = [row for row in second if frames - 10_000 < 2 * row["global_step"] <= frames]
+        paid = statistics.mean(row["charts/episodic_return"] for row in then if "charts/episodic_return" in row)
+        assert min(seeds) < paid < max(seeds)  # "inside it in every row"
+    (swung,) = [row for row in second if "eval/return_mean" in row]
     assert 140 < hovered < 170  # "about half"
     assert (
         column("Pendulum-v1__dreamerv3__1", "eval/return_mean")[1] > -200 and len(late) == 8
@@ -380,6 +388,7 @@ def test_figures_beside_the_tables_are_what_was_recorded():
         f"(rollouts of 5 steps) it ended at {ended[0]}, {ended[1]} and {ended[2]}.",
         f"seed 3 gave {tens['3']} instead of {ones['3']}; seed 1 gave {tens['1']} instead of {ones['1']}.",
         f"({statistics.mean(late):.0f} over its eight episodes after 30,000)",
+        f"its last policy returned {swung['eval/return_mean']:.0f} ± {swung['eval/return_std']:.0f} over 20 episodes.",
     ):
         assert sentence in prose, sentence
 
