@@ -254,6 +254,8 @@ def test_figures_in_the_prose_are_what_was_recorded():
     best, end = max((statistics.mean(e["charts/x_pos"] for e in second[i - 100 : i]), i) for i in ends)
     top, flagged_then = second[end - 1], sum(episode["charts/flag"] for episode in second[end - 100 : end])
     as_high = [came_as_far(f"ppo__{seed}", best)["global_step"] for seed in "12"]
+    for seed, step in zip("12", as_well, strict=True):  # "and had more flags by then"
+        assert sum(e["charts/flag"] for e in run(f"ppo__{seed}")[0] if e["global_step"] <= step) > len(second_flags)
     died = [sum(low <= e["charts/x_pos"] < high for e in second[-100:]) for low, high in ((1790, 1800), (2010, 2030))]
     halves = []
     for seed in "12":
