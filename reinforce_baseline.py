@@ -614,8 +614,8 @@ class Run:
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(self.global_step - self.bar.n)
         if self.bar.disable:
-            since = max(self.shown - self.clock[0], 1e-9)
-            sps = min(self.sps, (self.global_step - self.clock[1]) / since)  # as lately, or slower if updates begin
+            since = max(self.shown - self.clock[0], 1e-9)  # the clock may not have ticked yet
+            sps = min(self.sps, (self.global_step - self.clock[1]) / since)  # where updates have begun since
             print(f"{self.global_step:,} of {self.bar.total:,} steps, {sps:,.0f} steps/s, {text}", flush=True)
 
     @property

@@ -126,9 +126,15 @@ def mario_ladder(folders: list[Path], budget: int = 300_000) -> str:
     return "\n".join(lines)
 
 
+def control_return(metrics: list[dict], frames: int) -> float:
+    """The mean return of the training episodes in the 10,000 frames (two to a step) that end with these."""
+    then = [row for row in metrics if frames - 10_000 < 2 * row["global_step"] <= frames]
+    return statistics.mean(row["charts/episodic_return"] for row in then if "charts/episodic_return" in row)
+
+
 def control_table() -> str:
-    """DreamerV3's training returns on the Control Suite beside the published ones, per 10,000 frames: 5,000 steps; what
-    stands between slashes is one seed each."""
+    """DreamerV3's training returns on the Control Suite beside the published ones, per 10,000 frames; what stands
+    between slashes is one seed each."""
     published = json.loads((RESULTS / "published.json").read_text())
     runs = {}
     for folder in sorted(RESULTS.glob("dmc-cartpole-swingup-v0__dreamerv3__*")):
@@ -139,16 +145,8 @@ def control_table() -> str:
         returns = [seed[row] for seed in published["returns"].values()]
         cells = [f"{statistics.mean(returns):.0f} ({min(returns):.0f} to {max(returns):.0f})"]
         for seeds in runs.values():
-            mine = [
-                [
-                    line["charts/episodic_return"]
-                    for line in metrics
-                    if "charts/episodic_return" in line and frames - 10_000 < 2 * line["global_step"] <= frames
-                ]
-                for metrics in seeds
-            ]
             whole = [2 * metrics[-1]["global_step"] >= frames for metrics in seeds]
-            means = [f"{statistics.mean(paid):.0f}" if w else "-" for paid, w in zip(mine, whole, strict=True)]
+            means = [f"{control_return(m, frames):.0f}" if w else "-" for m, w in zip(seeds, whole, strict=True)]
             cells.append(" / ".join(means))
         lines.append(f"| {frames:,} | {' | '.join(cells)} |")
     return "\n".join(lines)

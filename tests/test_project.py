@@ -217,13 +217,13 @@ def test_figures_in_the_prose_are_what_was_recorded():
         far = (i for i in ends if statistics.mean(e["charts/x_pos"] for e in episodes[i - 100 : i]) >= mean)
         return episodes[next(far) - 1]
 
-    prose = " ".join(README.split())
-    first, often = [], []
-    for seed in "12":
-        episodes, _ = run(f"ppo__{seed}")
+    def with_flags(name, count):  # the episode with which so many of the last 100 had reached the flag
+        episodes, _ = run(name)
         flags = [episode["charts/flag"] for episode in episodes]
-        first.append(episodes[flags.index(1)])
-        often.append(next(e for i, e in enumerate(episodes) if sum(flags[max(0, i - 99) : i + 1]) >= 95))
+        return next(e for i, e in enumerate(episodes) if sum(flags[max(0, i - 99) : i + 1]) >= count)
+
+    prose = " ".join(README.split())
+    first, halves, often = ([with_flags(f"ppo__{seed}", count) for seed in "12"] for count in (1, 50, 95))
     steps, minutes = ([[e[key] for e in some] for some in (first, often)] for key in ("global_step", "time"))
     minutes = [[f"{seconds / 60:.0f}" for seconds in some] for some in minutes]
     text = f"The first flag came after {steps[0][0] / 1e3:.0f} and {steps[0][1] / 1e3:.0f} thousand steps "
@@ -257,11 +257,6 @@ def test_figures_in_the_prose_are_what_was_recorded():
     for seed, step in zip("12", as_well, strict=True):  # "and had more flags by then"
         assert sum(e["charts/flag"] for e in run(f"ppo__{seed}")[0] if e["global_step"] <= step) > len(second_flags)
     died = [sum(low <= e["charts/x_pos"] < high for e in second[-100:]) for low, high in ((1790, 1800), (2010, 2030))]
-    halves = []
-    for seed in "12":
-        episodes, _ = run(f"ppo__{seed}")
-        flags_of = [episode["charts/flag"] for episode in episodes]
-        halves.append(next(e for i, e in enumerate(episodes) if sum(flags_of[max(0, i - 99) : i + 1]) >= 50))
     frozen, frozen_rows = run("dreamerv3__1__gamma0.9_stopped")
     frozen_at = frozen_rows[-1]["global_step"]
     then = [
@@ -376,9 +371,7 @@ def test_figures_beside_the_tables_are_what_was_recorded():
     second = record.load(record.RESULTS / "dmc-cartpole-swingup-v0__dreamerv3__2__lr1.6e-4")[1]
     published = json.loads((record.RESULTS / "published.json").read_text())
     for frames, *seeds in zip(published["frames"], *published["returns"].values(), strict=True):
-        then = [row for row in second if frames - 10_000 < 2 * row["global_step"] <= frames]
-        paid = statistics.mean(row["charts/episodic_return"] for row in then if "charts/episodic_return" in row)
-        assert min(seeds) < paid < max(seeds)  # "inside it in every row"
+        assert min(seeds) < record.control_return(second, frames) < max(seeds)  # "inside it in every row"
     (swung,) = [row for row in second if "eval/return_mean" in row]
     assert 140 < hovered < 170  # "about half"
     assert (
