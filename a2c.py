@@ -28,19 +28,19 @@ add up, since each V but the first and the last cancels, to the n-step advantage
     A_t = delta_t + gamma delta_{t+1} + gamma^2 delta_{t+2} + ...
         = r_t + gamma r_{t+1} + ... + gamma^n V(s_{t+n}) - V(s_t)
 
-up to the end of the rollout or of the episode. Each V that is not asked is an error of the critic that is not repeated.
+up to the end of the rollout or of the episode. The fewer guesses of the critic are in it, the fewer of its errors.
 --gae-lambda below 1 trusts later TD errors less; lambda = 0 is the last script's (3) again, and one environment with
 one step has that script's gradient, to the digit, where bonus and clipping are switched off and --vf-coef is 1.
 
 The loss joins the policy gradient, (2) E[ grad log pi(a_t|s_t) A_t ], half the squared error of V, weighted by
---vf-coef, and an entropy bonus, which falls to 0. One gradient step, then new data: the batch was drawn from a policy
-that no longer exists.
+--vf-coef, and an entropy bonus, which keeps Mario trying other buttons and falls to 0. One gradient step, then new
+data: the batch was drawn from a policy that no longer exists.
 
 A3C came first (the asynchronous form): 16 threads, each with its own Mario and a copy of the weights, add their
-gradients to shared weights without waiting for one another, so a gradient may be of weights that have moved on. Nobody
-has shown that this helps. Waiting for all and updating once gives the same estimator, a batch that processors like, and
-runs that can be repeated: A2C. RMSProp is the paper's optimiser, the epsilon of 1e-5 that of OpenAI's A2C, where it
-stands under the root; PyTorch adds it behind the root, where the same floor is sqrt(1e-5), 300 times as much.
+gradients to shared weights without waiting for one another, so a gradient may be of weights that have moved on.
+Waiting for all and updating once gives the same estimator, a batch that processors like, and runs that can be repeated:
+A2C. RMSProp is the paper's optimiser, the epsilon of 1e-5 that of OpenAI's A2C, where it stands under the root; PyTorch
+adds it behind the root, where the same floor is sqrt(1e-5), 300 times as much.
 
 What is still wrong: nothing bounds a step. One bad batch can wreck a policy that took an hour to learn, and all data to
 come is then drawn from the wreck.
@@ -123,7 +123,7 @@ class Args:
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # longer gradients are scaled down to this norm
-    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
+    norm_reward: bool = True  # divide rewards by the running standard deviation of the discounted return
     anneal_lr: bool = True  # let the learning rate fall linearly to 0
     anneal_ent: bool = True  # let the entropy bonus fall linearly to 0
 

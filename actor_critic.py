@@ -105,7 +105,7 @@ class Args:
     wandb_entity: str = ""  # team to track it under; empty: your own
     compile: bool = False  # compile the network (CUDA graphs on a GPU): slower start, faster updates
     # actor-critic
-    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
+    norm_reward: bool = True  # divide rewards by the running standard deviation of the discounted return
     anneal_lr: bool = True  # let the learning rate fall linearly to 0
     value_learning_rate: float = 1e-3  # step size of the critic, falls likewise
 

@@ -15,7 +15,7 @@
 r"""REINFORCE: can we learn from rewards alone?
 
 Nobody tells Mario what to press. He sees four frames, s_t, draws a button a_t from his policy pi_theta(a|s), and the
-game pays r_t: pixels walked to the right, minus the clock, minus 25 for dying. All that can be asked of the weights
+game pays r_t: each new pixel to the right, minus the clock, minus 15 for dying. All that can be asked of the weights
 theta is that the pay be high on average, and sooner rather than later:
 
     (1)  J(theta) = E[ sum_t gamma^t r_t ],  0 <= gamma < 1
@@ -32,14 +32,18 @@ How does J change with theta? Write an episode as tau = (s_0, a_0, s_1, ...) wit
     log p(tau)  = log p(s_0) + sum_t ( log pi(a_t|s_t) + log p(s_{t+1}|s_t, a_t) )
 
 The start and the game's own rules hold no theta: their gradient is zero, they vanish, and no model of Mario's world is
-needed. What was paid before step t cannot depend on a_t, so its product with grad log pi(a_t|s_t) is zero on average.
-What stays is the reward-to-go:
+needed. What was paid before step t cannot depend on a_t, so its product with grad log pi(a_t|s_t) is zero on average
+(as grad log pi itself is: the next script shows it). What stays is the reward-to-go:
 
          G_t    = r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ... = r_t + gamma G_{t+1}
-    (2)  grad J = E[ sum_t gamma^t grad log pi(a_t|s_t) G_t ]
+         grad J = E[ sum_t gamma^t grad log pi(a_t|s_t) G_t ]
 
-Play N episodes, average, take a step uphill: what was followed by much reward becomes more likely. Practice drops the
-factor gamma^t (else Mario would hardly learn what to do at the end of the level); --discount-start keeps it.
+Practice drops the factor gamma^t (else Mario would hardly learn what to do at the end of the level; --discount-start
+keeps it). What this script and all that follow use is
+
+    (2)  E[ sum_t grad log pi(a_t|s_t) (G_t - b(s_t)) ]          b is the next script's idea; here it is 0
+
+Play N episodes, average, take a step uphill: what was followed by much reward becomes more likely.
 
 Each environment plays exactly one episode per update. Taking the first N episodes that finish would be wrong: they
 are the short ones. An episode cut by a time limit counts as one that ended there, as nobody here can say what would
@@ -121,7 +125,7 @@ class Args:
     wandb_entity: str = ""  # team to track it under; empty: your own
     compile: bool = False  # compile the network (CUDA graphs on a GPU): slower start, faster updates
     # REINFORCE
-    norm_adv: bool = True  # standardise the weights of each batch of episodes
+    norm_adv: bool = True  # standardise the weights of the steps in each batch of episodes
     discount_start: bool = False  # weight step t by gamma^t too, as the exact gradient of (1) has it
     anneal_lr: bool = True  # let the learning rate fall linearly to 0
 

@@ -18,7 +18,7 @@ In an easy corridor every button is followed by a high return, before a pit ever
 its steps by the return itself, so it praises all buttons here and blames all there, and only the small difference
 between them is a lesson. Subtract what the place is worth anyway, a baseline b(s), and the lesson remains:
 
-    (2)  grad J = E[ sum_t grad log pi(a_t|s_t) (G_t - b(s_t)) ]
+    (2)  E[ sum_t grad log pi(a_t|s_t) (G_t - b(s_t)) ]
 
 Any b that does not look at the action leaves the average as it was, because probabilities sum to 1 whatever theta is:
 
@@ -109,7 +109,7 @@ class Args:
     wandb_entity: str = ""  # team to track it under; empty: your own
     compile: bool = False  # compile the network (CUDA graphs on a GPU): slower start, faster updates
     # REINFORCE
-    norm_adv: bool = True  # standardise the weights of each batch of episodes
+    norm_adv: bool = True  # standardise the weights of the steps in each batch of episodes
     discount_start: bool = False  # weight step t by gamma^t too, as the exact gradient of (1) has it
     anneal_lr: bool = True  # let the learning rate fall linearly to 0
     value_learning_rate: float = 1e-3  # step size of the critic's optimiser

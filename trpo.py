@@ -29,16 +29,17 @@ its minimum: what it costs to move by x begins with its second derivative, the F
     maximise g'x  subject to  1/2 x'F x <= delta
 
 Set the gradient of the Lagrangian to zero, g = mu F x: the best direction is the natural gradient x = F^-1 g, the
-same whatever the parameters are called. The bound then fixes its length: x is scaled by sqrt(2 delta / x'F x).
+same however the policy is parametrised. The bound then fixes its length: x is scaled by sqrt(2 delta / x'F x).
 
 F has as many rows as the network has weights, 1.7 million for Mario, and is never written down. Conjugate gradient
 solves F x = g from products F v alone, and F v is the gradient of (grad KL)'v: twice backwards through the network.
 Every fifth state suffices for F. Damping, F + 0.1 I in place of F, keeps it invertible, and counts as cost in the
-length, too, so that the full step's KL comes out below delta: a median of 0.006 to 0.009 in the runs below, where delta
-is 0.01.
+length, too, so that the full step's KL comes out below delta where the model is good: in the runs on vectors below a
+median of 0.005 to 0.008, where delta is 0.01.
 
 The quadratic model is only a model, so a line search has the last word: it tries the full step, then shorter ones,
-until one of them improves L and keeps the true KL within delta. If none does, the policy stays exactly as it was.
+until one of them improves L and keeps the true KL within delta. On Mario it shortens 53 and 35 % of the steps (two
+seeds). If none fits, the policy stays exactly as it was.
 
 The critic is fitted separately, by plain regression with Adam, and shares no weights with the policy: a step of the
 critic that moved the policy would escape the trust region. Advantages are GAE's, lambda = 0.95.
@@ -128,11 +129,11 @@ class Args:
     cg_damping: float = 0.1  # multiple of the identity added to the Fisher matrix
     fisher_every: int = 5  # the Fisher matrix is estimated from every n-th state
     backtracks: int = 10  # step lengths that the line search tries
-    backtrack_coef: float = 0.8  # each of them this much shorter than the one before
+    backtrack_coef: float = 0.8  # each of them is this share of the one before
     value_epochs: int = 5  # passes of the critic over each rollout
     value_batch_size: int = 256  # its minibatches
     norm_adv: bool = True  # standardise the advantages before each step
-    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
+    norm_reward: bool = True  # divide rewards by the running standard deviation of the discounted return
     anneal_lr: bool = True  # let the learning rate fall linearly to 0
 
     @property

@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, SCRIPTS, metrics, short
 
 README = (ROOT / "README.md").read_text()
+PAGES = README + (ROOT / "benchmark" / "results" / "README.md").read_text()  # what it leaves to the records
 
 
 def metadata(path):
@@ -95,7 +96,7 @@ def commands(text):
 
 
 def test_every_command_in_readme_and_docstrings_parses(monkeypatch):
-    texts = [README, *(__import__(name).__doc__ for name in SCRIPTS)]
+    texts = [PAGES, *(__import__(name).__doc__ for name in SCRIPTS)]
     found = [command for text in texts for command in commands(text)]
     assert len(found) >= 5
     for name, flags in found:
@@ -112,7 +113,7 @@ def test_every_long_command_of_the_readme_was_run(monkeypatch):
     idle = {"seed", "run_dir", "resume", "num_threads", "cuda", "capture_video", "log_every", "save_every"}
     recorded = [json.loads(path.read_text()) for path in (ROOT / "benchmark" / "results").glob("*/config.json")]
     checked = 0
-    for name, flags in commands(README):
+    for name, flags in commands(PAGES):
         if {"--resume", "--evaluate", "--help"} & set(flags) or "corridor:Corridor-v0" in flags:
             continue
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
@@ -156,8 +157,14 @@ def test_ci_calls_the_test_command_of_the_readme():
 
 
 def test_links_of_the_readme_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+    headings = {}
+    for page in ("README.md", "benchmark/results/README.md"):
+        found = re.findall(r"^#+ (.+)$", (ROOT / page).read_text(), re.MULTILINE)
+        headings[page] = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in found}
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        page, _, heading = target.partition("#")
+        assert page.startswith("https://") or (ROOT / page).exists(), target
+        assert not heading or page.startswith("https://") or heading in headings[page or "README.md"], target
 
 
 def test_the_tables_of_the_readme_are_what_was_recorded():
@@ -165,7 +172,7 @@ def test_the_tables_of_the_readme_are_what_was_recorded():
     import record
 
     for heading, table in record.tables().items():
-        assert table in README, heading
+        assert PAGES.count(table) == 1, heading
 
 
 def test_the_speeds_of_the_readme_are_what_was_measured():
@@ -222,7 +229,7 @@ def test_figures_in_the_prose_are_what_was_recorded():
         flags = [episode["charts/flag"] for episode in episodes]
         return next(e for i, e in enumerate(episodes) if sum(flags[max(0, i - 99) : i + 1]) >= count)
 
-    prose = " ".join(README.split())
+    prose = " ".join(PAGES.split())
     first, halves, often = ([with_flags(f"ppo__{seed}", count) for seed in "12"] for count in (1, 50, 95))
     steps, minutes = ([[e[key] for e in some] for some in (first, often)] for key in ("global_step", "time"))
     minutes = [[f"{seconds / 60:.0f}" for seconds in some] for some in minutes]
@@ -254,7 +261,7 @@ def test_figures_in_the_prose_are_what_was_recorded():
     best, end = max((statistics.mean(e["charts/x_pos"] for e in second[i - 100 : i]), i) for i in ends)
     top, flagged_then = second[end - 1], sum(episode["charts/flag"] for episode in second[end - 100 : end])
     as_high = [came_as_far(f"ppo__{seed}", best)["global_step"] for seed in "12"]
-    for seed, step in zip("12", as_well, strict=True):  # "and had more flags by then"
+    for seed, step in zip("12", as_well, strict=True):  # "PPO's seeds had more"
         assert sum(e["charts/flag"] for e in run(f"ppo__{seed}")[0] if e["global_step"] <= step) > len(second_flags)
     died = [sum(low <= e["charts/x_pos"] < high for e in second[-100:]) for low, high in ((1790, 1800), (2010, 2030))]
     frozen, frozen_rows = run("dreamerv3__1__gamma0.9_stopped")
@@ -297,7 +304,7 @@ def test_figures_in_the_prose_are_what_was_recorded():
         f"{len(chance)} episodes) come to a mean x of {statistics.mean(chance):.0f}, with a "
         f"standard error of {error:.0f}.",
         f"V makes the variance {min(bare):.0f} to {max(bare):.0f} times smaller",
-        f"V is worth a factor of {', '.join(f'{factor:.1f}' for factor in fair[:-1])} and {fair[-1]:.1f}.",
+        f"V is worth a factor of {', '.join(f'{factor:.1f}' for factor in fair[:-1])} and {fair[-1]:.1f} (",
         f"in 300,000, where random buttons come to {statistics.mean(chance):.0f}.",
         f"little above what random buttons give ({statistics.mean(chance):.0f})",
         f"On Mario {clipped[0]:.0f} and {clipped[1]:.0f} % of all ratios (two seeds) were outside.",
@@ -319,21 +326,22 @@ def test_figures_in_the_prose_are_what_was_recorded():
         f"evaluations and all, made {stopped / minutes / 60:.0f} steps/s",
         f"needed **{more[0]} and {more[1]} times** as many as DreamerV3's seed 1, "
         f"**{as_high[0] / top['global_step']:.1f} and {as_high[1] / top['global_step']:.1f} times** as many as its "
-        "seed 2 at its best,",
+        f"seed 2 at its best, {as_well[0] / second[-1]['global_step']:.1f} and "
+        f"{as_well[1] / second[-1]['global_step']:.1f} times as many as when that was stopped;",
         f"`dreamerv3.py` got as far as {stopped:,} and {halted:,} steps,",
         f"Where seed 1 was stopped, at step {stopped:,}, the mean x of the last 100 episodes was {reached:,.0f}, and "
         f"one episode had reached the flag, at step {flags[0]:,}.",
         f"as far after {as_far[0]['global_step']:,} and {as_far[1]['global_step']:,} steps, but in "
         f"{as_far[0]['time'] / 60:.0f} and {as_far[1]['time'] / 60:.0f} minutes: DreamerV3 had taken {minutes:.0f}, on",
-        f"rose until step {top['global_step']:,}: after {top['time'] / 60:.0f} minutes its last 100 episodes were at "
-        f"{best:,.0f}, with {flagged_then} flags among them, the first of all at step {second_flags[0]:,}. PPO's seeds "
-        f"came as far after {as_high[0]:,} and {as_high[1]:,} steps.",
-        f"stopped, at step {halted:,}, after {second_rows[-1]['time'] / 60:.0f} minutes, its last 100 episodes were at "
-        f"{came:,.0f}, with {sum(e['charts/flag'] for e in second[-100:]):.0f} flags, {len(second_flags)} in all; "
-        f"PPO's seeds came as far after {as_well[0]:,} and {as_well[1]:,} steps, and had more flags by then. "
-        f"{sum(died)} of these episodes ended in two places, {died[0]} at x = 1,790 to 1,799 and {died[1]} at 2,010 "
-        "to 2,029:",
-        f"which PPO's seeds had after {halves[0]['global_step']:,} and {halves[1]['global_step']:,} steps, it has not",
+        f"far ahead of PPO at step {top['global_step']:,} and level with it when it was stopped, at step {halted:,}: "
+        f"the mean x of its last 100 episodes rose to {best:,.0f}, with {flagged_then} flags, after "
+        f"{top['time'] / 60:.0f} minutes, mostly on one core, and was {came:,.0f}, with "
+        f"{sum(e['charts/flag'] for e in second[-100:]):.0f} flags, after {second_rows[-1]['time'] / 60:.0f}. PPO's "
+        f"seeds came as far as that peak after {as_high[0]:,} and {as_high[1]:,} steps, as far as the end after "
+        f"{as_well[0]:,} and {as_well[1]:,}. Seed 2's first flag came at step {second_flags[0]:,}, and "
+        f"{len(second_flags)} in all; PPO's seeds had more by the time they were level. {sum(died)} of the last 100 "
+        f"episodes ended in two places, {died[0]} at x = 1,790 to 1,799 and {died[1]} at 2,010 to 2,029:",
+        f"PPO's seeds had after {halves[0]['global_step']:,} and {halves[1]['global_step']:,} steps.",
         f"when the run was stopped, at step {frozen_at:,}: its entropy was {undecided[0]:.2f} (with 0.997 "
         f"{undecided[1]:.2f} and {undecided[2]:.2f}), and "
         f"{sum(episode['charts/x_pos'] < 330 for episode in frozen[-100:])} of its last 100 episodes",
@@ -377,10 +385,10 @@ def test_figures_beside_the_tables_are_what_was_recorded():
     assert (
         column("Pendulum-v1__dreamerv3__1", "eval/return_mean")[1] > -200 and len(late) == 8
     )  # the second, after 8,000
-    prose = " ".join(README.split())
+    prose = " ".join(PAGES.split())
     for sentence in (
         f"about half of its last episodes hover until time is up, {landed} of 300 return 200 or more.",
-        f"(rollouts of 5 steps) it ended at {ended[0]}, {ended[1]} and {ended[2]}.",
+        f"100 episodes, three seeds | {ended[0]}, {ended[1]} and {ended[2]};",
         f"seed 3 gave {tens['3']} instead of {ones['3']}; seed 1 gave {tens['1']} instead of {ones['1']}.",
         f"({statistics.mean(late):.0f} over its eight episodes after 30,000)",
         f"its last policy returned {swung['eval/return_mean']:.0f} ± {swung['eval/return_std']:.0f} over 20 episodes.",
@@ -448,14 +456,14 @@ def test_returns_of_dreamer_beside_sheeprl_are_what_was_recorded():
         means = [
             statistics.mean(r for step, r in episodes if end - 2000 < step <= end) for end in range(2000, 14001, 2000)
         ]
-        assert f"| {name} | {' | '.join(f'{mean:.0f}' for mean in means)} |" in README, name
+        assert f"| {name} | {' | '.join(f'{mean:.0f}' for mean in means)} |" in PAGES, name
 
 
 def test_what_is_said_of_catch_is_what_was_recorded():
     sys.path.append(str(ROOT / "benchmark"))
     import record
 
-    prose, said = " ".join(README.split()), {}
+    prose, said = " ".join(PAGES.split()), {}
     for name in ("dreamerv3__1__stopped", "dreamerv3__2", "ppo__1", "ppo__2", "dreamerv3__1__12m_stopped"):
         said[name] = record.load(record.RESULTS / f"catch-Catch-v0__{name}")[1]
     dreams, plays = list(said.values())[:2], list(said.values())[2:4]
