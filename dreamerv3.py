@@ -136,7 +136,7 @@ DREAM = 64  # steps of a video of a dream
 @dataclass
 class Args:
     env: str = "SuperMarioBros-1-1-v0"  # Gymnasium id; package.module:Id-v0 imports the module first
-    seed: int = 1  # seed of everything random in the run
+    seed: int = 1  # seed of the network, the actions and the environments
     cuda: bool = False  # compute on the GPU, if there is one
     total_timesteps: int = 400_000  # agent steps to train for, all environments together
     num_envs: int = 16  # environments played in parallel
@@ -218,8 +218,9 @@ def parse() -> tuple[Args, dict]:
     """Command line -> flags, and the checkpoint to resume or evaluate ({} for a new run)."""
     description = (__doc__ or "").partition("\n\n")[0]
     args, state = tyro.cli(Args, description=description), {}
-    if args.resume and args.evaluate:
-        fail(f"--resume {args.resume} and --evaluate {args.evaluate} cannot work together; leave one out.")
+    for flag in ("resume", "run_dir", "track") if args.evaluate else ():
+        if getattr(args, flag):
+            fail(f"--{flag.replace('_', '-')} cannot work with --evaluate, which only plays; leave one out.")
     folder = str(Path(args.resume).parent) if args.resume.endswith("checkpoint.pt") else args.resume
     if folder and args.run_dir and Path(args.run_dir) != Path(folder):
         fail(f"--run-dir {args.run_dir} cannot work with --resume, which goes on in {folder}; resume a copy of it.")
@@ -228,12 +229,16 @@ def parse() -> tuple[Args, dict]:
         if file.is_dir():  # of a run: its best weights, or those that it has
             file /= "best.pt" if (file / "best.pt").exists() else "checkpoint.pt"
         state = load(file)
-        args = tyro.cli(Args, description=description, default=Args(**state["args"]))  # given flags win over saved ones
+        try:
+            saved = Args(**state["args"])
+        except TypeError as error:  # of another commit, or of an edited copy
+            fail(f"{file} has other flags than this script ({error}); use the script that wrote it.")
+        args = tyro.cli(Args, description=description, default=saved)  # given flags win over saved ones
         args.evaluate, args.resume = args.evaluate and str(file), folder
         for flag in ("env", "size"):  # what the weights depend on
-            given, saved = getattr(args, flag, None), state["args"].get(flag)
-            if given != saved:
-                fail(f"--{flag} {given} does not fit the checkpoint, which is of --{flag} {saved}; leave it out.")
+            given, written = getattr(args, flag, None), getattr(saved, flag, None)
+            if given != written:
+                fail(f"--{flag} {given} does not fit the checkpoint, which is of --{flag} {written}; leave it out.")
     check(args)
     if args.resume and state["global_step"] >= args.last_step:
         longer = state["global_step"] + args.total_timesteps
@@ -492,7 +497,7 @@ class Replay:
             files.append(f"steps-{begin}-{self.count}.pt")
             steps = {name: self.read(name, begin, self.count) for name in self.columns if name not in LATENT}
             save(self.folder / files[-1], steps)
-        files.append(f"latents-{self.count}.pt")
+        files.append(f"latents-{self.oldest}-{self.count}.pt")
         save(self.folder / files[-1], {name: self.read(name, self.oldest, self.count) for name in LATENT})
         self.saved, self.files = self.count, files
         state = {"count": self.count, "oldest": self.oldest, "owed": self.owed, "files": files}
@@ -740,8 +745,8 @@ class Agent(nn.Module):
 
     def autocast(self):
         """Convolutions and matrix products in bfloat16, if that is the dtype. Unless compiled, a context casts each
-        weight once and keeps it: cast without gradients it must not serve where some are wanted, so dreams have their
-        own."""
+        weight once and keeps it. Some versions of torch lose the gradient of what was first cast without one, so dreams
+        have a context of their own."""
         return torch.autocast(self.bins.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def initial(self, rows: int) -> tuple[torch.Tensor, ...]:
@@ -887,9 +892,9 @@ def percentiles(x: torch.Tensor, shares: tuple[float, ...]) -> torch.Tensor:
     return torch.stack([ordered[int(p)].lerp(ordered[math.ceil(p)], p % 1) for p in places])
 
 
-def behaviour_losses(agent: Agent, args: Args, states, actions, terminal) -> tuple[dict, torch.Tensor]:
+def behaviour_losses(agent: Agent, args: Args, states, actions, terminal) -> tuple[dict, dict, torch.Tensor]:
     """Equations (9) to (11) on dreams that imagine has begun in M real states, of which those in terminal (M,) were
-    ends: the losses of actor and critic, and the returns (horizon, M)."""
+    ends: the losses of actor and critic, figures that are no losses, and the returns (horizon, M)."""
     logits = agent.critic(states)
     with torch.no_grad():
         rewards, values = two_hot_mean(agent.reward(states), agent.bins), two_hot_mean(logits, agent.bins)
@@ -905,7 +910,7 @@ def behaviour_losses(agent: Agent, args: Args, states, actions, terminal) -> tup
     policy_loss = -(log_probs * (returns - values[:-1]) / scale + args.ent_coef * entropy)
     value_loss = critic_loss(agent, states[:-1], logits[:-1], returns)
     losses = {"policy": (weights * policy_loss).mean(), "value": (weights * value_loss).mean()}
-    return losses | {"entropy": entropy.mean().detach(), "return_scale": scale}, returns
+    return losses, {"entropy": entropy.mean().detach(), "return_scale": scale}, returns
 
 
 def replay_value_loss(agent: Agent, args: Args, states, batch: dict, bootstrap: torch.Tensor) -> torch.Tensor:
@@ -935,9 +940,7 @@ class LaProp(torch.optim.Optimizer):
     def rate(self) -> torch.Tensor:
         """The step size of the next update."""
         group, step = self.param_groups[0], self.state[self.first]["step"]
-        return (
-            group["lr"] * (step / max(group["warmup"], 1)).clamp(max=1) if group["warmup"] else step * 0 + group["lr"]
-        )
+        return group["lr"] * (step / group["warmup"] if group["warmup"] else step + 1).clamp(max=1)
 
     @torch.no_grad()
     def step(self) -> torch.Tensor:
@@ -971,23 +974,22 @@ def update(agent: Agent, optimizer: LaProp, args: Args, columns: dict, rows, str
         dreams, actions = imagine(agent, deter.flatten(0, 1), stoch.flatten(0, 1), args.horizon)
     with agent.autocast():
         terminal = batch["terminal"][1:]
-        behaviour, returns = behaviour_losses(agent, args, dreams, actions, terminal.flatten())
+        behaviour, figures, returns = behaviour_losses(agent, args, dreams, actions, terminal.flatten())
         bootstrap = returns[0].view_as(terminal)
         losses["replay_value"] = replay_value_loss(agent, args, torch.cat([deter, stoch], -1), batch, bootstrap)
     losses |= behaviour
     scales = {"dynamics": args.dyn_scale, "representation": args.rep_scale, "replay_value": args.repval_scale}
-    scales |= {"entropy": 0.0, "return_scale": 0.0}
-    losses["loss"] = sum(scales.get(name, 1.0) * loss for name, loss in losses.items())
+    loss = sum(scales.get(name, 1.0) * term for name, term in losses.items())
     optimizer.zero_grad()
-    losses["loss"].backward()
-    losses["grad_norm"] = optimizer.step()
+    loss.backward()
+    figures |= losses | {"loss": loss, "grad_norm": optimizer.step()}
     slow, fast = ([p.detach() for p in critic.parameters()] for critic in (agent.slow_critic, agent.critic))
     torch._foreach_lerp_(slow, fast, args.slow_rate)
     classes = stoch.detach().unflatten(-1, (LATENTS, -1)).argmax(-1).to(torch.uint8)
     for b in range(streams.shape[1]):  # one after the other: where windows overlap, the later one wins as a whole
         where = rows[1:, b], streams[:, b]
         columns["deter"][where], columns["stoch"][where] = deter[:, b].detach(), classes[:, b]
-    return {f"losses/{name}": loss.detach() for name, loss in losses.items()} | {"charts/learning_rate": rate}
+    return {f"losses/{name}": figure.detach() for name, figure in figures.items()} | {"charts/learning_rate": rate}
 
 
 def compile_parts(agent: Agent) -> None:
@@ -1158,7 +1160,7 @@ def load(path: Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         script, _ = state["script"], state["agent"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         fail(f"There is no checkpoint {path}; name a run or a file that exists.")
     except Exception as error:
         fail(f"{path} cannot be read as a checkpoint ({type(error).__name__}); try best.pt or checkpoint.pt of a run.")
@@ -1186,8 +1188,6 @@ class Run:
         if state and device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
         self.dir = Path(args.run_dir)
-        if (self.dir / "checkpoint.pt").exists() and not args.resume:
-            fail(f"--run-dir {self.dir} holds a run already; continue it with --resume {self.dir} or name another.")
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = None
         with contextlib.suppress(OSError):  # no git here
@@ -1195,22 +1195,18 @@ class Run:
         packages = "torch", "gymnasium", "gym-super-mario-bros", "numpy"
         versions = {package: importlib.metadata.version(package) for package in packages}
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cores()} x {platform.machine()}"
-        config = {"script": SCRIPT, **asdict(args), "versions": versions, "device": name, "commit": commit}
+        self.config = {"script": SCRIPT, **asdict(args), "versions": versions, "device": name, "commit": commit}
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            (self.dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            self.file = open(self.dir / "metrics.jsonl", "ab", buffering=0)  # one write per line: a kill tears none
+            mode = "ab" if state else "xb"  # a new run never writes into another's, not even one begun just now
+            self.file = open(self.dir / "metrics.jsonl", mode, buffering=0)  # one write per line: a kill tears none
+        except FileExistsError:
+            fail(f"--run-dir {self.dir} is there already; continue it with --resume {self.dir} or name another.")
         except OSError as error:
             fail(f"--run-dir {self.dir} cannot be written to ({error.strerror}); name another folder.")
         whole = min(state.get("metrics_bytes", 0), self.file.tell())
         self.file.seek(self.file.truncate(whole))  # what followed is played again
-        self.began = time.time() - state.get("seconds", 0)
-        self.clock, self.shown, self.sps = (time.time(), self.global_step), time.time(), math.inf
-        self.recent, self.sums, self.wandb = deque(state.get("recent", ()), 100), {}, None
-        self.updates = 0  # whose figures are in the sums
-        total, hidden = args.total_timesteps, not sys.stderr.isatty()
-        look = {"unit": " steps", "smoothing": 0, "dynamic_ncols": True}  # the mean speed, updates included
-        self.bar = tqdm(total=total, initial=self.global_step, disable=hidden, **look)
+        self.wandb = None
         if args.track:
             import wandb
 
@@ -1218,21 +1214,39 @@ class Run:
             names |= {"dir": str(self.dir), "id": state.get("wandb_id"), "resume": "allow" if state else None}
             if not (os.environ.get("WANDB_MODE") or sys.stdin.isatty() or wandb.login(prompt=False, verify=False)):
                 names["mode"] = "offline"  # without a key and a terminal wandb could only ask a question into the void
-            self.wandb, self.tracker = wandb, wandb.init(**names, config=asdict(args))
+            try:
+                self.wandb, self.tracker = wandb, wandb.init(**names, config=asdict(args))
+            except wandb.Error as error:
+                self.refuse(f"--track cannot work ({error}); WANDB_MODE=offline would keep the record here.")
             self.tracker.define_metric("*", step_metric="global_step")
+        self.began = time.time() - state.get("seconds", 0)
+        self.clock, self.shown, self.sps = (time.time(), self.global_step), time.time(), math.inf
+        self.recent = deque(state.get("recent", ()), 100)
+        self.sums, self.updates = state.get("sums", {}), state.get("updates", 0)  # of figures, and of how many updates
+        total, hidden = args.total_timesteps, not sys.stderr.isatty()
+        look = {"unit": " steps", "smoothing": 0, "dynamic_ncols": True}  # the mean speed, updates included
+        self.bar = tqdm(total=total, initial=self.global_step, disable=hidden, **look)
 
     def __enter__(self):
         torch.set_num_threads(1)  # threads of torch beside those that step environments slow both down many times
         self.signal, self.updating = None, False
-        signal.signal(signal.SIGINT, self.interrupt)
-        signal.signal(signal.SIGTERM, self.interrupt)
         self.mark()
         try:
+            (self.dir / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
             self.save("checkpoint.pt", self.parts)
         except OSError as error:
-            self.file.close()
-            fail(f"--run-dir {self.dir} cannot hold a run: {error}")
+            self.refuse(f"--run-dir {self.dir} cannot hold a run: {error}")
+        signal.signal(signal.SIGINT, self.interrupt)
+        signal.signal(signal.SIGTERM, self.interrupt)
         return self
+
+    def refuse(self, sentence: str) -> None:
+        """End before anything was done, and leave the folder free for another try."""
+        empty = self.file.tell() == 0
+        self.file.close()
+        if empty:
+            os.remove(self.file.name)
+        fail(sentence)
 
     def interrupt(self, number, frame) -> None:
         """Ctrl-C ends the run at once, but an update first becomes whole; a second Ctrl-C changes nothing."""
@@ -1240,14 +1254,15 @@ class Run:
         if first and not self.updating:
             raise KeyboardInterrupt
         if first:
-            os.write(1, b"\nThe run stops when this update is whole.\n")  # print could be in the middle of a line
+            with contextlib.suppress(OSError):  # a reader, as in `| tee log`, went with the same Ctrl-C
+                os.write(1, b"\nThe run stops when this update is whole.\n")  # print could be in the middle of a line
 
     def mark(self) -> None:
         """Remember where a resumed run begins again: here, with these weights. What is played after it is lost."""
         rng, cuda_rng = torch.get_rng_state(), torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         self.marked = {"global_step": self.global_step, "rng": rng, "cuda_rng": cuda_rng}
         self.marked |= {"metrics_bytes": self.file.tell(), "seconds": time.time() - self.began}
-        self.marked |= {"recent": list(self.recent)}
+        self.marked |= {"recent": list(self.recent), "sums": dict(self.sums), "updates": self.updates}
 
     def save(self, name: str, parts: dict) -> None:
         args = asdict(replace(self.args, resume=""))
@@ -1296,7 +1311,7 @@ class Run:
         return 1 - self.global_step / self.args.total_timesteps
 
     def begin_update(self) -> None:
-        """From here to the end of the update a signal waits; nothing steps environments, so all cores may compute."""
+        """From here to the end of the update a signal waits, and all cores may compute."""
         self.updating = True
         torch.set_num_threads(self.threads)
 
@@ -1331,8 +1346,8 @@ class Run:
             self.bar.write(f"evaluation at step {self.global_step:,}: {summary(result)}")
             self.mark()
             if result["eval/return_mean"] >= self.best:
-                self.best = result["eval/return_mean"]
                 self.save("best.pt", {"agent": self.parts["agent"]})  # to play, not to go on from
+                self.best = result["eval/return_mean"]
         if saving:
             self.save("checkpoint.pt", self.parts)
         if logging or evaluating or saving:
@@ -1357,16 +1372,24 @@ class Run:
         self.bar.update(self.global_step - self.bar.n)
         self.bar.close()
         self.file.close()
-        if self.wandb:
-            self.tracker.finish()
-        command = f"{'uv run' if 'UV' in os.environ else 'python'} {sys.argv[0]}"
+        script, folder = (subprocess.list2cmdline([path]) for path in (sys.argv[0], str(self.dir)))  # spaces quoted
+        command = f"{'uv run' if 'UV' in os.environ else 'python'} {script}"
         kept = load(self.dir / "checkpoint.pt")["global_step"]
-        print(f"The run {ending}; all is kept in {self.dir} as of step {kept:,}.")
+        lines = [f"The run {ending}; all is kept in {self.dir} as of step {kept:,}."]
         if code == 1:
-            print(f"What failed, in full: {self.dir / 'error.txt'}")
+            lines.append(f"What failed, in full: {self.dir / 'error.txt'}")
         if code and kept < self.args.last_step:  # else only the last evaluation was cut off
-            print(f"Continue it: {command} --resume {self.dir}")
-        print(f"Watch it: {command} --evaluate {self.dir} --capture-video")
+            lines.append(f"Continue it: {command} --resume {folder}")
+        lines.append(f"Watch it: {command} --evaluate {folder} --capture-video")
+        try:
+            print(*lines, sep="\n", flush=True)
+        except OSError:  # who read along is gone; what Python still holds for it goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print(*lines, sep="\n", file=sys.stderr)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)  # all is saved: who does not want to wait for an upload need not
+        if self.wandb:
+            self.tracker.finish(exit_code=code)
         sys.exit(code)
 
 
@@ -1394,9 +1417,10 @@ def set_up(args: Args) -> tuple[torch.device, Envs, Agent]:
     agent = Agent(senses, envs.num_actions, envs.discrete, args, dtype)
     agent.to(device, memory_format=torch.channels_last if envs.image else torch.preserve_format)
     if device.type == "cpu" and sys.platform == "linux":  # let malloc keep large blocks: new ones cost a fault a page
-        for option, size in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            with contextlib.suppress(AttributeError):  # another C library
-                ctypes.CDLL(None).mallopt(option, size)
+        with contextlib.suppress(AttributeError):  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            if mallopt(-3, 2**30) or mallopt(-3, 2**25):  # M_MMAP_THRESHOLD; older ones take no more than 32 MB
+                mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     if args.compile:
         compile_parts(agent)
     return device, envs, agent

@@ -102,7 +102,7 @@ SCRIPT = "trpo"
 @dataclass
 class Args:
     env: str = "SuperMarioBros-1-1-v0"  # Gymnasium id; package.module:Id-v0 imports the module first
-    seed: int = 1  # seed of everything random in the run
+    seed: int = 1  # seed of the network, the actions and the environments
     cuda: bool = False  # compute on the GPU, if there is one
     total_timesteps: int = 1_000_000  # agent steps to train for, all environments together
     num_envs: int = 16  # environments played in parallel
@@ -173,8 +173,9 @@ def parse() -> tuple[Args, dict]:
     """Command line -> flags, and the checkpoint to resume or evaluate ({} for a new run)."""
     description = (__doc__ or "").partition("\n\n")[0]
     args, state = tyro.cli(Args, description=description), {}
-    if args.resume and args.evaluate:
-        fail(f"--resume {args.resume} and --evaluate {args.evaluate} cannot work together; leave one out.")
+    for flag in ("resume", "run_dir", "track") if args.evaluate else ():
+        if getattr(args, flag):
+            fail(f"--{flag.replace('_', '-')} cannot work with --evaluate, which only plays; leave one out.")
     folder = str(Path(args.resume).parent) if args.resume.endswith("checkpoint.pt") else args.resume
     if folder and args.run_dir and Path(args.run_dir) != Path(folder):
         fail(f"--run-dir {args.run_dir} cannot work with --resume, which goes on in {folder}; resume a copy of it.")
@@ -183,12 +184,16 @@ def parse() -> tuple[Args, dict]:
         if file.is_dir():  # of a run: its best weights, or those that it has
             file /= "best.pt" if (file / "best.pt").exists() else "checkpoint.pt"
         state = load(file)
-        args = tyro.cli(Args, description=description, default=Args(**state["args"]))  # given flags win over saved ones
+        try:
+            saved = Args(**state["args"])
+        except TypeError as error:  # of another commit, or of an edited copy
+            fail(f"{file} has other flags than this script ({error}); use the script that wrote it.")
+        args = tyro.cli(Args, description=description, default=saved)  # given flags win over saved ones
         args.evaluate, args.resume = args.evaluate and str(file), folder
         for flag in ("env", "size"):  # what the weights depend on
-            given, saved = getattr(args, flag, None), state["args"].get(flag)
-            if given != saved:
-                fail(f"--{flag} {given} does not fit the checkpoint, which is of --{flag} {saved}; leave it out.")
+            given, written = getattr(args, flag, None), getattr(saved, flag, None)
+            if given != written:
+                fail(f"--{flag} {given} does not fit the checkpoint, which is of --{flag} {written}; leave it out.")
     check(args)
     if args.resume and state["global_step"] >= args.last_step:
         longer = state["global_step"] + args.total_timesteps
@@ -202,8 +207,9 @@ def parse() -> tuple[Args, dict]:
 
 
 class Frames(gym.Wrapper):
-    """Images as Mnih et al. (2015) feed them: one action lasts 4 frames, every 4th frame is shrunk to 84 x 84 grey
-    pixels, the latest 4 of those are the observation. It is overwritten by the next step: copy what you keep."""
+    """Images much as Mnih et al. (2015) feed them: one action lasts 4 frames, every 4th frame is shrunk to 84 x 84 grey
+    pixels, the latest 4 of those are the observation. It is overwritten by the next step: copy what you keep. (Theirs
+    is the maximum of two frames, as some Atari games draw things on every other one only. Mario does not.)"""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
@@ -258,7 +264,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         env = JoypadSpace(env, SIMPLE_MOVEMENT)
     for what, kind in (("action", gym.spaces.Discrete), ("observation", gym.spaces.Box)):
         if not isinstance(space := getattr(env, f"{what}_space"), kind):
-            fail(f"--env {env_id} has the {what} space {space}; {SCRIPT}.py needs {kind.__name__}; try dreamerv3.py.")
+            remedy = f"{SCRIPT}.py needs {kind.__name__}, and dreamerv3.py takes Box actions and Dict observations, too"
+            fail(f"--env {env_id} cannot work: its {what} space is {space}; {remedy}.")
     shape = env.observation_space.shape
     image = env.observation_space.dtype == np.uint8 and len(shape) == 3 and shape[-1] in (1, 3)
     return Frames(env) if image else env
@@ -319,7 +326,7 @@ class Envs:
 
 class RewardScaler:
     """Divides rewards by the running deviation of the discounted return, so that one learning rate fits environments
-    whose rewards are a hundred times apart. No mean is subtracted: a reward keeps its sign."""
+    whose rewards are a hundred times apart. No mean is subtracted: a reward keeps its sign. None exceeds 10."""
 
     def __init__(self, num_envs: int, gamma: float):
         self.gamma, self.returns, self.stats = gamma, np.zeros(num_envs), RunningMeanStd()
@@ -439,13 +446,12 @@ def unflatten(vector: torch.Tensor, tensors: list[torch.Tensor]) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def fisher_product(agent: Agent, obs: torch.Tensor, damping: float) -> Callable[[torch.Tensor], torch.Tensor]:
+def fisher_product(agent: Agent, parameters: list, obs: torch.Tensor, damping: float) -> Callable:
     """The map v -> (F + damping I) v, (P,) -> (P,), for the P parameters of the policy.
 
     F, the Fisher matrix, is the Hessian of KL(old || new) at new = old. Its product with v is the gradient of
     (gradient of the KL) . v: twice backwards through the network, and no P x P matrix anywhere.
     """
-    parameters = [*agent.actor_trunk.parameters(), *agent.actor.parameters()]
     log_probs = F.log_softmax(agent.forward(obs)[0], -1)  # not agent(obs): compiled, it has no second derivatives
     kl_grad = torch.autograd.grad(kl_divergence(log_probs.detach(), log_probs), parameters, create_graph=True)
     kl_grad = flatten(kl_grad)
@@ -492,15 +498,14 @@ def update(agent: Agent, args: Args, batch: dict) -> dict:
     old_log_probs = log_probs.detach()
     old_surrogate = surrogate(log_probs)
     g = flatten(torch.autograd.grad(old_surrogate, parameters))
-    product = fisher_product(agent, batch["obs"][:: args.fisher_every], args.cg_damping)
+    product = fisher_product(agent, parameters, batch["obs"][:: args.fisher_every], args.cg_damping)
     x, residual = conjugate_gradient(product, g, args.cg_iterations)  # F^-1 g, the natural gradient, F damped
     full_step = (2 * args.max_kl / (x @ product(x)).clamp(min=1e-8)).sqrt() * x  # the damped model's KL is max_kl
 
-    old, kl, improvement, tries = flatten(parameters).detach(), torch.zeros(()), torch.zeros(()), 0
+    old = flatten(parameters).detach()
     with torch.no_grad():
-        while tries < args.backtracks:
+        for tries in range(args.backtracks):
             unflatten(old + args.backtrack_coef**tries * full_step, parameters)
-            tries += 1
             log_probs = F.log_softmax(agent(batch["obs"])[0], -1)
             kl, improvement = kl_divergence(old_log_probs, log_probs), surrogate(log_probs) - old_surrogate
             if improvement > 0 and kl <= args.max_kl:
@@ -508,8 +513,8 @@ def update(agent: Agent, args: Args, batch: dict) -> dict:
         else:
             unflatten(old, parameters)
             kl = improvement = torch.zeros(())
-    figures = {"kl": kl, "improvement": improvement, "expected_improvement": g @ full_step, "line_search_steps": tries}
-    figures |= {"accepted": improvement > 0, "cg_residual": residual, "grad_norm": g.norm()}
+    figures = {"kl": kl, "improvement": improvement, "expected_improvement": g @ full_step, "cg_residual": residual}
+    figures |= {"line_search_steps": tries + 1, "accepted": improvement > 0, "grad_norm": g.norm()}
     figures["entropy"] = -(old_log_probs.exp() * old_log_probs).sum(-1).mean()
     return {f"losses/{name}": figure for name, figure in figures.items()}
 
@@ -605,7 +610,7 @@ def load(path: Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         script, _ = state["script"], state["agent"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         fail(f"There is no checkpoint {path}; name a run or a file that exists.")
     except Exception as error:
         fail(f"{path} cannot be read as a checkpoint ({type(error).__name__}); try best.pt or checkpoint.pt of a run.")
@@ -633,8 +638,6 @@ class Run:
         if state and device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
         self.dir = Path(args.run_dir)
-        if (self.dir / "checkpoint.pt").exists() and not args.resume:
-            fail(f"--run-dir {self.dir} holds a run already; continue it with --resume {self.dir} or name another.")
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = None
         with contextlib.suppress(OSError):  # no git here
@@ -642,22 +645,18 @@ class Run:
         packages = "torch", "gymnasium", "gym-super-mario-bros", "numpy"
         versions = {package: importlib.metadata.version(package) for package in packages}
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cores()} x {platform.machine()}"
-        config = {"script": SCRIPT, **asdict(args), "versions": versions, "device": name, "commit": commit}
+        self.config = {"script": SCRIPT, **asdict(args), "versions": versions, "device": name, "commit": commit}
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            (self.dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            self.file = open(self.dir / "metrics.jsonl", "ab", buffering=0)  # one write per line: a kill tears none
+            mode = "ab" if state else "xb"  # a new run never writes into another's, not even one begun just now
+            self.file = open(self.dir / "metrics.jsonl", mode, buffering=0)  # one write per line: a kill tears none
+        except FileExistsError:
+            fail(f"--run-dir {self.dir} is there already; continue it with --resume {self.dir} or name another.")
         except OSError as error:
             fail(f"--run-dir {self.dir} cannot be written to ({error.strerror}); name another folder.")
         whole = min(state.get("metrics_bytes", 0), self.file.tell())
         self.file.seek(self.file.truncate(whole))  # what followed is played again
-        self.began = time.time() - state.get("seconds", 0)
-        self.clock, self.shown, self.sps = (time.time(), self.global_step), time.time(), math.inf
-        self.recent, self.sums, self.wandb = deque(state.get("recent", ()), 100), {}, None
-        self.updates = 0  # whose figures are in the sums
-        total, hidden = args.total_timesteps, not sys.stderr.isatty()
-        look = {"unit": " steps", "smoothing": 0, "dynamic_ncols": True}  # the mean speed, updates included
-        self.bar = tqdm(total=total, initial=self.global_step, disable=hidden, **look)
+        self.wandb = None
         if args.track:
             import wandb
 
@@ -665,21 +664,39 @@ class Run:
             names |= {"dir": str(self.dir), "id": state.get("wandb_id"), "resume": "allow" if state else None}
             if not (os.environ.get("WANDB_MODE") or sys.stdin.isatty() or wandb.login(prompt=False, verify=False)):
                 names["mode"] = "offline"  # without a key and a terminal wandb could only ask a question into the void
-            self.wandb, self.tracker = wandb, wandb.init(**names, config=asdict(args))
+            try:
+                self.wandb, self.tracker = wandb, wandb.init(**names, config=asdict(args))
+            except wandb.Error as error:
+                self.refuse(f"--track cannot work ({error}); WANDB_MODE=offline would keep the record here.")
             self.tracker.define_metric("*", step_metric="global_step")
+        self.began = time.time() - state.get("seconds", 0)
+        self.clock, self.shown, self.sps = (time.time(), self.global_step), time.time(), math.inf
+        self.recent = deque(state.get("recent", ()), 100)
+        self.sums, self.updates = state.get("sums", {}), state.get("updates", 0)  # of figures, and of how many updates
+        total, hidden = args.total_timesteps, not sys.stderr.isatty()
+        look = {"unit": " steps", "smoothing": 0, "dynamic_ncols": True}  # the mean speed, updates included
+        self.bar = tqdm(total=total, initial=self.global_step, disable=hidden, **look)
 
     def __enter__(self):
         torch.set_num_threads(1)  # threads of torch beside those that step environments slow both down many times
         self.signal, self.updating = None, False
-        signal.signal(signal.SIGINT, self.interrupt)
-        signal.signal(signal.SIGTERM, self.interrupt)
         self.mark()
         try:
+            (self.dir / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
             self.save("checkpoint.pt", self.parts)
         except OSError as error:
-            self.file.close()
-            fail(f"--run-dir {self.dir} cannot hold a run: {error}")
+            self.refuse(f"--run-dir {self.dir} cannot hold a run: {error}")
+        signal.signal(signal.SIGINT, self.interrupt)
+        signal.signal(signal.SIGTERM, self.interrupt)
         return self
+
+    def refuse(self, sentence: str) -> None:
+        """End before anything was done, and leave the folder free for another try."""
+        empty = self.file.tell() == 0
+        self.file.close()
+        if empty:
+            os.remove(self.file.name)
+        fail(sentence)
 
     def interrupt(self, number, frame) -> None:
         """Ctrl-C ends the run at once, but an update first becomes whole; a second Ctrl-C changes nothing."""
@@ -687,14 +704,15 @@ class Run:
         if first and not self.updating:
             raise KeyboardInterrupt
         if first:
-            os.write(1, b"\nThe run stops when this update is whole.\n")  # print could be in the middle of a line
+            with contextlib.suppress(OSError):  # a reader, as in `| tee log`, went with the same Ctrl-C
+                os.write(1, b"\nThe run stops when this update is whole.\n")  # print could be in the middle of a line
 
     def mark(self) -> None:
         """Remember where a resumed run begins again: here, with these weights. What is played after it is lost."""
         rng, cuda_rng = torch.get_rng_state(), torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         self.marked = {"global_step": self.global_step, "rng": rng, "cuda_rng": cuda_rng}
         self.marked |= {"metrics_bytes": self.file.tell(), "seconds": time.time() - self.began}
-        self.marked |= {"recent": list(self.recent)}
+        self.marked |= {"recent": list(self.recent), "sums": dict(self.sums), "updates": self.updates}
 
     def save(self, name: str, parts: dict) -> None:
         args = asdict(replace(self.args, resume=""))
@@ -743,7 +761,7 @@ class Run:
         return 1 - self.global_step / self.args.total_timesteps
 
     def begin_update(self) -> None:
-        """From here to the end of the update a signal waits; nothing steps environments, so all cores may compute."""
+        """From here to the end of the update a signal waits, and all cores may compute."""
         self.updating = True
         torch.set_num_threads(self.threads)
 
@@ -778,8 +796,8 @@ class Run:
             self.bar.write(f"evaluation at step {self.global_step:,}: {summary(result)}")
             self.mark()
             if result["eval/return_mean"] >= self.best:
-                self.best = result["eval/return_mean"]
                 self.save("best.pt", {"agent": self.parts["agent"]})  # to play, not to go on from
+                self.best = result["eval/return_mean"]
         if saving:
             self.save("checkpoint.pt", self.parts)
         if logging or evaluating or saving:
@@ -804,16 +822,24 @@ class Run:
         self.bar.update(self.global_step - self.bar.n)
         self.bar.close()
         self.file.close()
-        if self.wandb:
-            self.tracker.finish()
-        command = f"{'uv run' if 'UV' in os.environ else 'python'} {sys.argv[0]}"
+        script, folder = (subprocess.list2cmdline([path]) for path in (sys.argv[0], str(self.dir)))  # spaces quoted
+        command = f"{'uv run' if 'UV' in os.environ else 'python'} {script}"
         kept = load(self.dir / "checkpoint.pt")["global_step"]
-        print(f"The run {ending}; all is kept in {self.dir} as of step {kept:,}.")
+        lines = [f"The run {ending}; all is kept in {self.dir} as of step {kept:,}."]
         if code == 1:
-            print(f"What failed, in full: {self.dir / 'error.txt'}")
+            lines.append(f"What failed, in full: {self.dir / 'error.txt'}")
         if code and kept < self.args.last_step:  # else only the last evaluation was cut off
-            print(f"Continue it: {command} --resume {self.dir}")
-        print(f"Watch it: {command} --evaluate {self.dir} --capture-video")
+            lines.append(f"Continue it: {command} --resume {folder}")
+        lines.append(f"Watch it: {command} --evaluate {folder} --capture-video")
+        try:
+            print(*lines, sep="\n", flush=True)
+        except OSError:  # who read along is gone; what Python still holds for it goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print(*lines, sep="\n", file=sys.stderr)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)  # all is saved: who does not want to wait for an upload need not
+        if self.wandb:
+            self.tracker.finish(exit_code=code)
         sys.exit(code)
 
 

@@ -29,14 +29,14 @@ RUNGS = [
     Rung("reinforce", "reinforce_baseline", "a critic V(s), subtracted from the return", "Args Agent update main", 50),
     Rung(
         "reinforce_baseline", "actor_critic", "an update after every step, from the TD error; rewards brought to scale",
-        "Args check Agent policy_loss update set_up main", 146,
+        "Args check Agent policy_loss update set_up main", 147,
     ),
     Rung(
         "actor_critic", "a2c", "many environments, n-step returns, entropy bonus, gradient clipping, RMSprop",
         "Args update main", 80,
     ),
-    Rung("a2c", "trpo", "a bound on the KL divergence: natural gradient, line search", "Args Agent update main", 125),
-    Rung("trpo", "ppo", "the clipped surrogate in place of the bound", "Args check Agent update main", 147),
+    Rung("a2c", "trpo", "a bound on the KL divergence: natural gradient, line search", "Args Agent update main", 123),
+    Rung("trpo", "ppo", "the clipped surrogate in place of the bound", "Args check Agent update main", 145),
     Rung(
         "a2c", "ppo", "the ratio, clipped; several epochs of minibatches",
         "Args check policy_loss update main", 90,

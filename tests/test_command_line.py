@@ -151,15 +151,25 @@ def moves(path, size):
 
 def test_every_tracked_number_is_in_the_file_and_every_video_is_sent(script, call, tmp_path, monkeypatch):
     logged, asked = [], {}
-    run = types.SimpleNamespace(log=logged.append, finish=lambda: asked.update(finished=True), id="abc")
-    run.define_metric = lambda *_, **__: None
-    init, login = (lambda **flags: asked.update(flags) or run), (lambda prompt, verify: prompt)  # no key is known
-    fake = types.SimpleNamespace(init=init, login=login, Video=str)
+
+    def finish(exit_code):  # it can take long: a second Ctrl-C must end it
+        asked.update(exit_code=exit_code, handlers={signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)})
+
+    def init(**flags):
+        time.sleep(1)
+        asked.update(flags)
+        return run
+
+    run = types.SimpleNamespace(log=logged.append, finish=finish, id="abc", define_metric=lambda *_, **__: None)
+    login = lambda prompt, verify: prompt  # noqa: E731, no key is known
+    fake = types.SimpleNamespace(init=init, login=login, Video=str, Error=RuntimeError)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     flags = [*tiny(script), "--env", "probes:Screen-v0", "--capture-video", "--track", "--wandb-project-name", "p"]
+    began = time.time()
     assert call(script, *flags, "--run-dir", tmp_path / "run") == 0
+    assert metrics(tmp_path / "run")[-1]["time"] < time.time() - began - 1  # the run's clock does not wait for wandb
     sent = [
         {key.removeprefix("videos/eval"): row.pop(key) for key in list(row) if key[:6] == "videos"} for row in logged
     ]
@@ -167,8 +177,15 @@ def test_every_tracked_number_is_in_the_file_and_every_video_is_sent(script, cal
     step = logged[-1]["global_step"]
     kinds = ("", "-dream") if script.SCRIPT == "dreamerv3" else ("",)
     assert sent[-1] == {kind: str(tmp_path / f"run/videos/{step}{kind}.mp4") for kind in kinds}
-    assert asked["project"] == "p" and asked["config"]["env"] == "probes:Screen-v0" and asked["finished"]
+    assert asked["project"] == "p" and asked["config"]["env"] == "probes:Screen-v0"
+    assert asked["exit_code"] == 0 and asked["handlers"] == {signal.SIG_DFL}
     assert asked["mode"] == "offline"  # no key, no terminal: no question
+
+
+def test_a_project_that_wandb_refuses_gets_a_sentence(ppo, tmp_path):
+    process = start("ppo", *tiny(ppo), "--track", "--wandb-project-name", "a/b", cwd=tmp_path, WANDB_MODE="offline")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and "--track cannot work (" in err and "Traceback" not in err, err
 
 
 def test_tracking_offline_with_the_real_wandb(ppo, tmp_path):
@@ -245,7 +262,9 @@ MISTAKES = {
     "--env no.such.module:Thing-v0": "No module named 'no'",
     "--env probes:Nothing-v0": "--env probes:Nothing-v0 is unknown",
     "--resume nowhere": "There is no checkpoint nowhere",
-    "--resume a --evaluate b": "cannot work together",
+    "--resume a --evaluate b": "--resume cannot work with --evaluate",
+    "--run-dir a --evaluate b": "--run-dir cannot work with --evaluate",
+    "--track --evaluate b": "--track cannot work with --evaluate",
     "--run-dir config.json/run": "--run-dir config.json/run cannot be written to (Not a directory)",
     "--evaluate nothing.pt": "There is no checkpoint nothing.pt",
     "--evaluate .": "There is no checkpoint checkpoint.pt",
@@ -261,8 +280,8 @@ LOSS = {
     "--max-grad-norm 0": "--max-grad-norm 0.0 cannot work",
 }
 MODEL_FREE = {
-    "--env probes:BoxActions-v0": "has the action space Box(",
-    "--env probes:DictObs-v0": "needs Box; try dreamerv3.py",
+    "--env probes:BoxActions-v0": "its action space is Box(",
+    "--env probes:DictObs-v0": "needs Box, and dreamerv3.py takes Box actions and Dict observations, too.",
 }
 CRITIC = {
     "--value-epochs 0": "--value-epochs 0 cannot work",
@@ -346,13 +365,18 @@ def test_checkpoints_that_do_not_fit(script, call, tmp_path, capsys):
     (tmp_path / "empty.pt").write_bytes(b"")
     other = torch.load(run / "best.pt", weights_only=True) | {"script": "dreamerv2"}
     torch.save(other, tmp_path / "other.pt")
+    best = torch.load(run / "best.pt", weights_only=True)
+    torch.save(best | {"args": best["args"] | {"momentum": 0.9}}, tmp_path / "edited.pt")
     cases = {
         ("--evaluate", run / "best.pt", "--env", "CartPole-v1"): "does not fit the checkpoint",
         ("--resume", run, "--env", "CartPole-v1"): "does not fit the checkpoint",
         ("--resume", run): "is complete; for instance --total-timesteps ",
         ("--resume", run / "checkpoint.pt"): f"--resume {run} is complete; ",
         ("--resume", run, "--run-dir", tmp_path / "branch"): "branch cannot work with --resume, which goes on in",
-        ("--run-dir", run, *tiny(script)): "holds a run already",
+        ("--resume", run / "best.pt"): "There is no checkpoint ",
+        ("--run-dir", run, *tiny(script)): "is there already; continue it with --resume",
+        ("--run-dir", run / "config.json", *tiny(script)): "is there already",
+        ("--evaluate", tmp_path / "edited.pt"): "has other flags than this script",
         ("--evaluate", tmp_path / "torn.pt"): "cannot be read as a checkpoint",
         ("--evaluate", tmp_path / "empty.pt"): "cannot be read as a checkpoint",
         ("--evaluate", tmp_path / "other.pt"): "is a checkpoint of dreamerv2.py",
@@ -437,6 +461,56 @@ def test_signals_save_and_say_how_to_go_on(tmp_path):
         out, err = again.communicate(timeout=300)
         assert again.returncode == 0 and err == ""
         assert metrics(run)[-1]["global_step"] == step + 64
+
+
+def test_ctrl_c_takes_the_reader_of_a_pipe_along(tmp_path):
+    """As in `| tee log`: the last words go to stderr then."""
+    run = tmp_path / "a run"
+    process = start("ppo", *short("ppo"), "--total-timesteps", "10000000", "--run-dir", run, cwd=tmp_path)
+    wait_for(process, lambda: len(metrics_so_far(run)) > 50)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    with process.stderr:
+        err = process.stderr.read()
+    assert process.wait(timeout=300) == 130 and "Traceback" not in err and "Exception" not in err
+    assert f'--resume "{run}"\n' in err and f'--evaluate "{run}" --capture-video\n' in err
+    assert not (run / "error.txt").exists()
+
+
+def test_a_signal_in_an_update_waits_even_if_nobody_can_be_told(script, monkeypatch):
+    def gone(*_):
+        raise BrokenPipeError
+
+    run = script.Run.__new__(script.Run)
+    run.signal, run.updating = None, True
+    monkeypatch.setattr(os, "write", gone)
+    run.interrupt(signal.SIGINT, None)
+    assert run.signal == signal.SIGINT
+
+
+def test_two_runs_do_not_share_a_folder_even_if_the_other_has_saved_nothing_yet(script, call, tmp_path, capsys):
+    lines = tmp_path / "metrics.jsonl"
+    lines.write_text('{"global_step": 1}\n')
+    assert call(script, *tiny(script), "--run-dir", tmp_path) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [lines] and lines.read_text() == '{"global_step": 1}\n'
+
+
+def test_signals_find_nothing_half_done(script, call, tmp_path, monkeypatch):
+    """Before the first checkpoint is whole there is nothing to save; a best score counts when its weights are kept."""
+    save, handlers = script.save, []
+
+    def watched(path, state):
+        handlers.append(signal.getsignal(signal.SIGINT))
+        if path.name == "best.pt":
+            raise KeyboardInterrupt
+        save(path, state)
+
+    monkeypatch.setattr(script, "save", watched)
+    assert call(script, *tiny(script), "--run-dir", tmp_path / "run") == 130
+    assert handlers[0] == signal.SIG_DFL and handlers[-2] != signal.SIG_DFL
+    state = script.load(tmp_path / "run" / "checkpoint.pt")
+    assert state["best"] == -math.inf and state["global_step"] == 64
 
 
 def metrics_so_far(run):
@@ -530,13 +604,14 @@ def room_restored():
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("size, sentence", [(0, "cannot be written to"), (2048, "cannot hold a run")])
-def test_a_full_disk_gets_one_sentence(script, call, tmp_path, capsys, size, sentence):
+@pytest.mark.parametrize("size", [0, 2048])
+def test_a_full_disk_gets_one_sentence(script, call, tmp_path, capsys, size):
     with room_restored():
         room(size)
         assert call(script, *tiny(script), "--run-dir", tmp_path / "run") == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and sentence in err
+    assert err.count("\n") == 1 and "cannot hold a run" in err
+    assert call(script, *tiny(script), "--run-dir", tmp_path / "run") == 0  # once there is room
 
 
 @pytest.mark.parametrize("save_every", [1, 0])

@@ -396,7 +396,7 @@ def test_behaviour_losses_by_definition(true_root):
     states, actions = d.imagine(agent, deter, stoch, H)
     assert states.shape == (H + 1, 20, 640) and actions.shape == (H, 20, 4)
     assert torch.equal(states[0], torch.cat([deter, stoch], -1))
-    losses, returns = d.behaviour_losses(agent, args, states, actions, terminal)
+    losses, _, returns = d.behaviour_losses(agent, args, states, actions, terminal)
     rewards = d.two_hot_mean(agent.reward(states), agent.bins)
     values, slow = (d.two_hot_mean(net(states), agent.bins) for net in (agent.critic, agent.slow_critic))
     going_on = agent.going_on(states).squeeze(-1).sigmoid()
@@ -425,8 +425,8 @@ def test_behaviour_losses_by_definition(true_root):
 def test_small_returns_are_not_blown_up():
     agent = agent_of(noisy=False)
     states, actions = d.imagine(agent, torch.randn(8, 512), torch.zeros(8, 128), 3)
-    losses, _ = d.behaviour_losses(agent, d.Args(), states, actions, torch.zeros(8, dtype=torch.bool))
-    assert losses["return_scale"] == 1
+    _, figures, _ = d.behaviour_losses(agent, d.Args(), states, actions, torch.zeros(8, dtype=torch.bool))
+    assert figures["return_scale"] == 1
 
 
 def test_replay_value_loss_by_definition():
@@ -456,7 +456,7 @@ def test_which_losses_reach_the_world_model():
     model = d.model_losses(agent, args, batch, deter, stoch, logits)
     states, actions = d.imagine(agent, deter.flatten(0, 1), stoch.flatten(0, 1), 4)
     terminal = batch["terminal"][1:].flatten()
-    behaviour, returns = d.behaviour_losses(agent, args, states, actions, terminal)
+    behaviour, _, returns = d.behaviour_losses(agent, args, states, actions, terminal)
     bootstrap = returns[0].view(6, 3)
     replayed = d.replay_value_loss(agent, args, torch.cat([deter, stoch], -1), batch, bootstrap)
 
@@ -670,6 +670,22 @@ def test_a_saved_replay_is_read_back_bit_for_bit_and_a_kill_between_loses_nothin
     kept = [replay.read("vector", small.oldest, small.count) for replay in (small, again)]
     assert torch.equal(*kept)
     assert kept[0][:, 0, 0].tolist() == [100 * t for t in range(small.oldest, small.count)]
+
+
+def test_a_kill_before_the_checkpoint_of_a_smaller_replay_leaves_the_larger_one_whole(tmp_path):
+    """As when a run is resumed with a smaller --replay-size: it saves at once, and saving can be cut off."""
+    replay = replay_of(tmp_path)
+    fill(replay, 18)
+    replay.columns["deter"].normal_()
+    state = copy.deepcopy(replay.state_dict())
+    torch.save({"replay": state}, tmp_path / "checkpoint.pt")
+    small = replay_of(tmp_path, replay_size=30)
+    small.load_state_dict(copy.deepcopy(state))
+    small.state_dict()  # its checkpoint never came to be
+    again = replay_of(tmp_path)
+    again.load_state_dict(state)
+    for name in replay.columns:
+        assert torch.equal(again.read(name, 0, 18), replay.read(name, 0, 18)), name
 
 
 def test_a_longer_replay_serves_only_what_the_shorter_one_still_had(tmp_path):

@@ -237,10 +237,14 @@ def estimate(script, episodes, b):
     for n, steps in enumerate(episodes):
         rewards[: len(steps), n] = [r for _, _, r in steps]
     returns = script.reward_to_go(rewards, GAMMA)
-    rows = [(s, a, GAMMA**t * (returns[t, n] - b(s))) for n, e in enumerate(episodes) for t, (s, a, _) in enumerate(e)]
-    obs, actions, weights = (torch.tensor(column) for column in zip(*rows, strict=True))
-    batch = {"obs": obs[:, None], "actions": actions, "weights": weights}
-    script.update(agent, optimizer, SimpleNamespace(norm_adv=False, num_envs=len(episodes)), batch)
+    rows = [
+        (s, a, returns[t, n] - b(s), np.float64(GAMMA**t))
+        for n, e in enumerate(episodes)
+        for t, (s, a, _) in enumerate(e)
+    ]
+    obs, actions, weights, discounts = (torch.tensor(column) for column in zip(*rows, strict=True))
+    batch = {"obs": obs[:, None], "actions": actions, "weights": weights, "discounts": discounts}
+    script.update(agent, optimizer, SimpleNamespace(norm_adv=False, discount_start=True, num_envs=len(episodes)), batch)
     return agent.logits.detach() - LOGITS
 
 
@@ -266,6 +270,16 @@ def test_episodes_of_different_length_do_not_bias_the_mean():
         for one, other in itertools.product(single, single)
     )
     torch.testing.assert_close(mean, exact_gradient(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("script", [reinforce, baseline])
+def test_the_discount_of_the_start_comes_after_the_standardisation(script):
+    """What is paid alike at every step says nothing about any of them, early or late."""
+    agent, (obs, actions) = Table(script is not reinforce), torch.tensor([[0, 1, 2], [0, 1, 1]])
+    batch = {"obs": obs[:, None], "actions": actions, "weights": torch.ones(3), "discounts": GAMMA ** torch.arange(3)}
+    args = SimpleNamespace(norm_adv=True, discount_start=True, num_envs=1)
+    figures = script.update(agent, torch.optim.SGD([agent.logits], 1.0), args, batch)
+    assert figures["losses/policy_loss"] == 0 and torch.equal(agent.logits.detach(), LOGITS)
 
 
 def test_a_baseline_keeps_the_mean_and_shrinks_the_variance():
@@ -325,7 +339,7 @@ def test_fisher_product_is_the_fisher_matrix():
     for s, a in itertools.product(range(7), range(4)):  # E over states and actions of the outer product of the score
         score = trpo.flatten(torch.autograd.grad(log_probs[s, a], parameters(agent), retain_graph=True))
         fisher = fisher + log_probs[s, a].exp().detach() * score[:, None] * score / 7
-    product = trpo.fisher_product(agent, obs, 0.1)
+    product = trpo.fisher_product(agent, [*agent.actor_trunk.parameters(), *agent.actor.parameters()], obs, 0.1)
     columns = torch.stack([product(e) for e in torch.eye(len(fisher), dtype=torch.float64)])
     torch.testing.assert_close(columns, fisher + 0.1 * torch.eye(len(fisher)).double(), rtol=0, atol=1e-10)
 

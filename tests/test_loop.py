@@ -165,13 +165,11 @@ def test_one_step_at_a_time(call, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", EPISODES)
-@pytest.mark.parametrize("from_start", [False, True])
-def test_whole_episodes_one_per_environment(name, from_start, call, monkeypatch, tmp_path):
+def test_whole_episodes_one_per_environment(name, call, monkeypatch, tmp_path):
     script = importlib.import_module(name)
     monkeypatch.setattr(script, "Agent", Blind if name == "reinforce" else Oracle)
     update = spy(monkeypatch, script, "update")
     flags = [*DIARY, *(["--value-learning-rate", 1e-30] if name != "reinforce" else [])]
-    flags += ["--discount-start"] if from_start else []
     assert call(script, *flags, "--run-dir", tmp_path / "run") == 0
     for e, batch in enumerate(batches(update)):  # episode e of each environment, step by step
         length = 2 + e % 5
@@ -181,9 +179,8 @@ def test_whole_episodes_one_per_environment(name, from_start, call, monkeypatch,
             paid = [e + (k + 1) / 100 for k in range(int(s), length)]
             G = sum(0.9**k * reward for k, reward in enumerate(paid)) + 0.9 ** len(paid) * rest
             weight = G if name == "reinforce" else G - (100 * e + s)
-            assert batch["weights"][row].item() == pytest.approx(
-                weight * (0.9**s if from_start else 1), rel=1e-4, abs=1e-3
-            )
+            assert batch["weights"][row].item() == pytest.approx(weight, rel=1e-4, abs=1e-3)
+            assert batch["discounts"][row].item() == pytest.approx(0.9**s)
             if name != "reinforce":
                 assert batch["returns"][row].item() == pytest.approx(G, rel=1e-5)  # V's target is never reweighted
     assert len(update) == 9  # 3 x (2 + 3 + 4 + 5 + 6 + 2 + 3 + 4) = 87 < 96 <= 87 + 15
@@ -512,6 +509,23 @@ def test_a_window_of_updates_is_told_as_its_mean(a2c, call, tmp_path):
     for k, row in enumerate(window):
         for name in ("losses/loss", "losses/entropy", "charts/learning_rate"):
             assert row[name] == pytest.approx(np.mean([r[name] for r in single[5 * k : 5 * k + 5]]), rel=1e-6)
+
+
+def test_a_resumed_run_tells_the_mean_of_the_updates_before_it_too(a2c, call, tmp_path, monkeypatch):
+    flags = [*short("a2c"), "--total-timesteps", 320, "--log-every", 160]
+    assert call(a2c, *flags, "--run-dir", tmp_path / "whole") == 0
+    original = a2c.update
+    calls = []
+
+    def interrupted(*args):
+        calls.append(signal.raise_signal(signal.SIGTERM) if len(calls) == 2 else None)
+        return original(*args)
+
+    monkeypatch.setattr(a2c, "update", interrupted)
+    assert call(a2c, *flags, "--run-dir", tmp_path / "cut") == 143
+    assert call(a2c, "--resume", tmp_path / "cut") == 0
+    whole, cut = ([r["losses/loss"] for r in metrics(tmp_path / n) if "losses/loss" in r] for n in ("whole", "cut"))
+    assert len(whole) == 2 and whole == cut
 
 
 # ---- compiled
