@@ -153,11 +153,12 @@ def test_every_tracked_number_is_in_the_file_and_every_video_is_sent(script, cal
     logged, asked = [], {}
 
     def finish(exit_code):  # it can take long: a second Ctrl-C must end it
-        asked.update(exit_code=exit_code, handlers={signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)})
+        handlers = {signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        asked.update(exit_code=exit_code, handlers=handlers, ended=time.time())
 
     def init(**flags):
-        time.sleep(1)
-        asked.update(flags)
+        time.sleep(2)
+        asked.update(flags, began=time.time())
         return run
 
     run = types.SimpleNamespace(log=logged.append, finish=finish, id="abc", define_metric=lambda *_, **__: None)
@@ -167,9 +168,8 @@ def test_every_tracked_number_is_in_the_file_and_every_video_is_sent(script, cal
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     flags = [*tiny(script), "--env", "probes:Screen-v0", "--capture-video", "--track", "--wandb-project-name", "p"]
-    began = time.time()
     assert call(script, *flags, "--run-dir", tmp_path / "run") == 0
-    assert metrics(tmp_path / "run")[-1]["time"] < time.time() - began - 1  # the run's clock does not wait for wandb
+    assert metrics(tmp_path / "run")[-1]["time"] < asked["ended"] - asked["began"]  # the clock did not wait for wandb
     sent = [
         {key.removeprefix("videos/eval"): row.pop(key) for key in list(row) if key[:6] == "videos"} for row in logged
     ]
