@@ -514,7 +514,7 @@ class Run:
     def __init__(self, args: Args, state: dict, device: torch.device, threads: int, **parts):
         self.args, self.device, self.threads, self.parts = args, device, threads, parts
         self.global_step, self.best = state.get("global_step", 0), state.get("best", -math.inf)
-        self.updated = self.global_step  # when the last update ended
+        self.updated = state.get("updated", self.global_step)  # when the last update ended
         self.envs = eval_envs(args) if args.capture_video else None  # one that cannot draw shall say so now
         for name, part in parts.items() if state else ():
             part.load_state_dict(state[name])
@@ -595,7 +595,7 @@ class Run:
     def mark(self) -> None:
         """Remember where a resumed run begins again: here, with these weights. What is played after it is lost."""
         rng, cuda_rng = torch.get_rng_state(), torch.cuda.get_rng_state() if self.device.type == "cuda" else None
-        self.marked = {"global_step": self.global_step, "rng": rng, "cuda_rng": cuda_rng}
+        self.marked = {"global_step": self.global_step, "updated": self.updated, "rng": rng, "cuda_rng": cuda_rng}
         self.marked |= {"metrics_bytes": self.file.tell(), "seconds": time.time() - self.began}
         self.marked |= {"recent": list(self.recent), "sums": dict(self.sums), "updates": self.updates}
 
@@ -662,13 +662,15 @@ class Run:
             self.global_step >= self.args.last_step or (every > 0 and self.global_step // every > self.updated // every)
             for every in (self.args.log_every, self.args.eval_every, self.args.save_every)
         )
-        self.updated = self.global_step
+        before, self.updated = self.updated, self.global_step
         if logging:
             means = {name: total / self.updates for name, total in self.sums.items()}
             self.sps = (self.global_step - self.clock[1]) / (time.time() - self.clock[0])
             self.write(means | {"charts/SPS": self.sps})
             self.sums, self.updates = {}, 0
         self.mark()
+        if evaluating:
+            self.marked["updated"] = before  # if it is cut off, a resumed run makes up for it
         self.updating = False
         if self.signal:
             raise KeyboardInterrupt

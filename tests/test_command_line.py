@@ -513,6 +513,24 @@ def test_signals_find_nothing_half_done(script, call, tmp_path, monkeypatch):
     assert state["best"] == -math.inf and state["global_step"] == 64
 
 
+def test_an_evaluation_that_was_cut_off_is_made_up_for(script, call, tmp_path, monkeypatch):
+    evaluate, calls = script.evaluate, []
+
+    def cut_off(*args):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    monkeypatch.setattr(script, "evaluate", cut_off)
+    run = tmp_path / "run"
+    assert call(script, *tiny(script), "--total-timesteps", 192, "--eval-every", 100, "--run-dir", run) == 130
+    step = script.load(run / "checkpoint.pt")["global_step"]
+    assert call(script, "--resume", run) == 0
+    evaluated = [row["global_step"] for row in metrics(run) if "eval/episodes" in row]
+    assert 100 <= step < evaluated[0] <= step + 32 and len(evaluated) == 2
+
+
 def metrics_so_far(run):
     path = run / "metrics.jsonl"
     return path.read_text().splitlines() if path.exists() and (run / "checkpoint.pt").exists() else []

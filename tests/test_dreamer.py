@@ -803,8 +803,7 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(call, monkeypatch,
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     clocks = ("time", "charts/SPS")
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "cut"), strict=True):
-        if not ("losses/loss" in a and a["global_step"] == 50):  # the mean over two updates, one before the cut
-            assert {k: v for k, v in a.items() if k not in clocks} == {k: v for k, v in b.items() if k not in clocks}
+        assert {k: v for k, v in a.items() if k not in clocks} == {k: v for k, v in b.items() if k not in clocks}
 
 
 def test_a_checkpoint_that_cannot_be_written_costs_nothing_of_the_last(call, tmp_path, monkeypatch, capsys):
