@@ -219,7 +219,7 @@ def parse() -> tuple[Args, dict]:
 class Frames(gym.Wrapper):
     """Images much as Mnih et al. (2015) feed them: one action lasts 4 frames, every 4th frame is shrunk to 84 x 84 grey
     pixels, the latest 4 of those are the observation. It is overwritten by the next step: copy what you keep. (Theirs
-    is the maximum of two frames, as some Atari games draw things on every other one only. Mario does not.)"""
+    is the maximum of two frames, as some Atari games draw things on every other one only.)"""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
