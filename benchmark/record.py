@@ -65,7 +65,7 @@ def final_table(folders: list[Path]) -> str:
     return "\n".join(lines)
 
 
-def mario_table(folders: list[Path], every: int = 100_000) -> str:
+def mario_table(folders: list[Path], every: int = 200_000) -> str:
     """The last 100 training episodes, whose actions are drawn from the policy, at each multiple of `every` steps; what
     stands between slashes is one seed each."""
     runs = [load(folder) for folder in folders]
