@@ -374,7 +374,7 @@ def policy_loss(log_probs: torch.Tensor, weights: torch.Tensor, episodes: int) -
 
 
 def update(agent: Agent, optimizer, args: Args, batch: dict) -> dict:
-    """One gradient step on whole episodes -> its losses. batch holds obs, actions and weights, a row per step."""
+    """One gradient step on whole episodes -> its losses. batch holds obs, actions, weights and discounts, gamma^t."""
     weights, pg_loss, entropy = batch["weights"], 0.0, 0.0
     if args.norm_adv:
         weights = (weights - weights.mean()) / (weights.std(correction=0) + 1e-8)

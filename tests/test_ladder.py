@@ -339,7 +339,7 @@ def test_fisher_product_is_the_fisher_matrix():
     for s, a in itertools.product(range(7), range(4)):  # E over states and actions of the outer product of the score
         score = trpo.flatten(torch.autograd.grad(log_probs[s, a], parameters(agent), retain_graph=True))
         fisher = fisher + log_probs[s, a].exp().detach() * score[:, None] * score / 7
-    product = trpo.fisher_product(agent, [*agent.actor_trunk.parameters(), *agent.actor.parameters()], obs, 0.1)
+    product = trpo.fisher_product(agent, parameters(agent), obs, 0.1)
     columns = torch.stack([product(e) for e in torch.eye(len(fisher), dtype=torch.float64)])
     torch.testing.assert_close(columns, fisher + 0.1 * torch.eye(len(fisher)).double(), rtol=0, atol=1e-10)
 
