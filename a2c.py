@@ -15,8 +15,8 @@
 r"""Advantage actor-critic: what if many Marios learn at once?
 
 One Mario's frames resemble each other, and an update that follows a single one of them follows its accidents. Sixteen
-Marios stand in sixteen different places: let each take T steps with the same policy, then learn from all the N x T
-steps in one update. The average over them is a far calmer gradient, and neighbouring frames no longer rule it.
+Marios stand in sixteen different places: let each take T steps with the same policy, a rollout, then learn from all the
+N x T steps in one update. The average over them is a far calmer gradient, and neighbouring frames no longer rule it.
 
 T steps also allow a better estimate than one. The TD errors
 
@@ -28,9 +28,10 @@ add up, since each V but the first and the last cancels, to the n-step advantage
     A_t = delta_t + gamma delta_{t+1} + gamma^2 delta_{t+2} + ...
         = r_t + gamma r_{t+1} + ... + gamma^n V(s_{t+n}) - V(s_t)
 
-up to the end of the rollout or of the episode. The fewer guesses of the critic are in it, the fewer of its errors.
---gae-lambda below 1 trusts later TD errors less; lambda = 0 is the last script's (3) again, and one environment with
-one step has that script's gradient, to the digit, where bonus and clipping are switched off and --vf-coef is 1.
+where n steps lie before the end of the rollout or of the episode. The fewer guesses of the critic are in it, the fewer
+of its errors. --gae-lambda below 1 trusts later TD errors less; lambda = 0 is the last script's (3) again, and one
+environment with one step has that script's gradient, to the digit, where bonus and clipping are switched off and
+--vf-coef is 1.
 
 The loss joins the policy gradient, (2) E[ grad log pi(a_t|s_t) A_t ], half the squared error of V, weighted by
 --vf-coef, and an entropy bonus, which keeps Mario trying other buttons and falls to 0. One gradient step, then new
@@ -45,7 +46,7 @@ adds it behind the root, where the same floor is sqrt(1e-5), 300 times as much.
 What is still wrong: nothing bounds a step. One bad batch can wreck a policy that took an hour to learn, and all data to
 come is then drawn from the wreck.
 
-    uv run a2c.py --cuda                                                      # Super Mario Bros 1-1
+    uv run a2c.py --env SuperMarioBros-1-1-v0 --cuda
     uv run a2c.py --env CartPole-v1 --total-timesteps 300000 --num-envs 8 --gamma 0.99 --learning-rate 3e-3 \
         --ent-coef 0 --eval-episodes 100
     uv run a2c.py --env Acrobot-v1 --total-timesteps 300000 --num-envs 8 --gamma 0.99 --learning-rate 3e-3 \

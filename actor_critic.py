@@ -34,7 +34,7 @@ What is still wrong, and meant to be seen: V is not right. It learns from its ow
 frame that looks like the one before, and the actor follows a critic that is chasing a moving target. On CartPole that
 goes well; both runs on Mario below hold for a while, then fall and all but freeze.
 
-    uv run actor_critic.py                                                    # Super Mario Bros 1-1
+    uv run actor_critic.py --env SuperMarioBros-1-1-v0
     uv run actor_critic.py --env CartPole-v1 --total-timesteps 100000 --gamma 0.99 --eval-episodes 100
 
 Measured on 2 x86-64 cores without a GPU (flags, commits and curves in benchmark/results): CartPole-v1 returns 500 over

@@ -19,7 +19,8 @@ where goombas walk, that a pit ends the game. DreamerV3 learns that first, as a 
 actor and critic inside the model, on nearly a thousand imagined steps for each one played. Real play is only needed to
 see what the model does not know yet.
 
-The world model has a state of two parts, deter h_t and stoch z_t (32 categorical variables):
+The world model, a recurrent state space model (RSSM), has a state of two parts, deter h_t and stoch z_t (32 categorical
+variables):
 
     (7)  h_t = f(h_{t-1}, z_{t-1}, a_{t-1})        what the past makes sure of: a GRU in 8 blocks
          z_t ~ q(z_t | h_t, x_t)                   the posterior, with an observation at hand
@@ -33,11 +34,12 @@ It is trained on sequences replayed from memory. Each term of its loss has a job
     (8)  L = |x_t - decoder|^2 - ln p(r_t) - ln p(c_t)        the state tells what is there, what it pays, if it ends
            + max(1, KL(sg(q) || p)) + 0.1 max(1, KL(q || sg(p)))
 
-where sg stops the gradient. The first KL divergence draws the prior to the posterior, so that dreams become true; the
-second draws the posterior to the prior, ten times more gently, so that states become predictable without giving up what
-they tell. Split like that, a poor prior does not blind the posterior (KL balancing); below 1 nat neither asks for more
-(free nats). c_t is trained towards gamma, or 0 where the episode ended for good, so the discount is part of the dream.
-Mario's death is such an end. A time limit is not.
+where sg stops the gradient and -ln p is short for a cross entropy, with r_t in two-hot form (below). The first KL
+divergence draws the prior to the posterior, so that dreams become true; the second draws the posterior to the prior,
+ten times more gently, so that states become predictable without giving up what they tell. Split like that, a poor prior
+does not blind the posterior (KL balancing); below 1 nat neither asks for more (free nats). c_t is trained towards
+gamma, or 0 where the episode ended for good, so the discount is part of the dream. Mario's death is such an end. A time
+limit is not.
 
 Behaviour. From every replayed state the model dreams 15 steps on: the actor draws a_k, h and z follow (7) with the
 prior, rewards, continuations and values are read off the states s_k = (h_k, z_k). Returns mix all horizons as GAE does,
@@ -64,14 +66,14 @@ each a share). The size of a gradient then does not depend on the size of a rewa
 Vectors are squashed by symlog(x) = sign(x) ln(1 + |x|). That tames large observations; small ones may be the catch: not
 to know what varies by 0.1 costs only 0.01 of (8), so a larger unit can help the model to remember it. In the paper one
 set of hyperparameters serves all, and the defaults are near it; the small models and short runs below had a larger step
-size and smaller batches. --size scales the networks, --train-ratio says how often each step is replayed.
+size and smaller batches (the defaults would take two cores six hours on Mario, and a small model learns slowly with
+them). --size scales the networks, --train-ratio says how often each step is replayed.
 
 What is still wrong: more parts than all other rungs together, far more computing per step, and whatever the model gets
 wrong is believed by the actor until real play corrects it.
 
-    uv run dreamerv3.py --cuda                                                # Super Mario Bros 1-1
-    uv run dreamerv3.py --total-timesteps 160000 --batch-size 8 --batch-length 32 --learning-rate 2e-4 --warmup 200 \
-        --eval-every 20000
+    uv run dreamerv3.py --env SuperMarioBros-1-1-v0 --total-timesteps 160000 --batch-size 8 --batch-length 32 \
+        --learning-rate 2e-4 --warmup 200 --eval-every 20000
     uv run dreamerv3.py --env CartPole-v1 --total-timesteps 20000 --num-envs 8 --batch-size 8 --batch-length 32 \
         --learning-rate 3e-4 --warmup 100 --eval-every 5000 --eval-episodes 100
     uv run dreamerv3.py --evaluate runs/<run> --eval-episodes 100 --capture-video
@@ -81,7 +83,8 @@ to 3, 20,000 steps: the best checkpoints return 500 over 100 episodes, the last 
 rise and fall on the way. Pendulum-v1, seed 1: -149 after 20,000 steps. Super Mario Bros 1-1, seeds 1 and 2, to steps
 120,296 and 240,455: mean x = 1,656 and 2,023 over the last 100 episodes, 1 and 20 flags in all; until steps 70,000 and
 40,000 they had been hardly above random buttons (727). A ball of 16 pixels (benchmark/catch.py) begins to be drawn
-after 4,900 and 6,400 updates (two seeds); then every one is caught.
+after 4,900 and 6,400 updates (two seeds); then every one is caught. --cuda --compile, meant for larger sizes, have not
+been run on a GPU yet.
 
 Hafner, Pasukonis, Ba, Lillicrap 2025, doi 10.1038/s41586-025-08744-2 and arXiv 2301.04104 (DreamerV3), as the authors'
 later code has it, but for 1 % of uniform policy, which that code leaves out (--actor-unimix 0), and for discrete

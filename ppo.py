@@ -50,7 +50,7 @@ falls to 0. gamma = 0.9 on Mario: 10 decisions of 4 frames, 0.7 s, are about a j
 
 What is still wrong: everything is learnt from real play, a step at a time, then thrown away.
 
-    uv run ppo.py --cuda                                                      # Super Mario Bros 1-1
+    uv run ppo.py --env SuperMarioBros-1-1-v0 --cuda
     uv run ppo.py --env CartPole-v1 --total-timesteps 150000 --num-envs 8 --gamma 0.98 --learning-rate 1e-3 \
         --eval-episodes 100
     uv run ppo.py --env LunarLander-v3 --total-timesteps 1000000 --num-steps 512 --num-minibatches 64 --gamma 0.999 \

@@ -15,8 +15,9 @@
 r"""REINFORCE: can we learn from rewards alone?
 
 Nobody tells Mario what to press. He sees four frames, s_t, draws a button a_t from his policy pi_theta(a|s), and the
-game pays r_t: each new pixel to the right, minus the clock, minus 15 for dying. All that can be asked of the weights
-theta is that the pay be high on average, and sooner rather than later:
+game pays r_t: each new pixel to the right and 15 for the flag, minus the clock, minus 15 for dying, and small change
+for coins and points. All that can be asked of the weights theta is that the pay be high on average, and sooner rather
+than later:
 
     (1)  J(theta) = E[ sum_t gamma^t r_t ],  0 <= gamma < 1
 
@@ -54,7 +55,7 @@ What is still wrong: the jump over the first goomba and the stroll through an em
 same G. The estimate is right on average and wildly off each time: with variance sigma^2 per episode, an error of
 epsilon costs sigma^2 / epsilon^2 episodes.
 
-    uv run reinforce.py --cuda                                                # Super Mario Bros 1-1
+    uv run reinforce.py --env SuperMarioBros-1-1-v0 --cuda
     uv run reinforce.py --env CartPole-v1 --total-timesteps 190000 --num-envs 8 --gamma 0.99 --learning-rate 1e-2 \
         --eval-episodes 100
 

@@ -32,6 +32,8 @@ so, for the value of the state,
 and the advantage A_t says what Mario wants to know: did it go better than usual? V is a second network, the critic,
 fitted by regression on the very returns of the batch, 0.5 (V(s_t) - G_t)^2, but only after the policy has taken its
 step: a V that had already seen these returns would depend on the actions through them, and the proof above would fail.
+(Standardising the batch does see them: the mean of N independent returns, subtracted from each, makes the gradient
+shorter by the factor 1 - 1/N. --no-norm-adv does without.)
 
 The critic can also say what would have followed where a time limit cut an episode: V of the last state stands in for
 it. tests/test_ladder.py enumerates a small decision process and shows both claims: the same mean, less variance.
@@ -39,7 +41,7 @@ it. tests/test_ladder.py enumerates a small decision process and shows both clai
 What is still wrong: Mario still waits for the end of the episode before he learns anything, and a G_t is a sum over
 all the luck that follows step t.
 
-    uv run reinforce_baseline.py --cuda                                       # Super Mario Bros 1-1
+    uv run reinforce_baseline.py --env SuperMarioBros-1-1-v0 --cuda
     uv run reinforce_baseline.py --env CartPole-v1 --total-timesteps 190000 --num-envs 8 --gamma 0.99 \
         --learning-rate 3e-3 --value-epochs 5 --eval-episodes 100
 

@@ -28,8 +28,9 @@ its minimum: what it costs to move by x begins with its second derivative, the F
 
     maximise g'x  subject to  1/2 x'F x <= delta
 
-Set the gradient of the Lagrangian to zero, g = mu F x: the best direction is the natural gradient x = F^-1 g, the
-same however the policy is parametrised. The bound then fixes its length: x is scaled by sqrt(2 delta / x'F x).
+Set the gradient of the Lagrangian to zero, g = mu F x: the best direction is the natural gradient x = F^-1 g, which
+changes the policy in the same way, to first order, whatever weights describe it (damping, below, spoils that a little).
+The bound then fixes its length: x is scaled by sqrt(2 delta / x'F x).
 
 F has as many rows as the network has weights, 1.7 million for Mario, and is never written down. Conjugate gradient
 solves F x = g from products F v alone, and F v is the gradient of (grad KL)'v: twice backwards through the network.
@@ -46,7 +47,7 @@ critic that moved the policy would escape the trust region. Advantages are GAE's
 
 What is still wrong: second derivatives, a linear solver and a line search, for what is in the end a step not too long.
 
-    uv run trpo.py --cuda                                                     # Super Mario Bros 1-1
+    uv run trpo.py --env SuperMarioBros-1-1-v0 --cuda
     uv run trpo.py --env CartPole-v1 --total-timesteps 100000 --num-envs 8 --num-steps 256 --gamma 0.99 \
         --eval-episodes 100
     uv run trpo.py --env Acrobot-v1 --total-timesteps 100000 --num-envs 8 --num-steps 256 --gamma 0.99 \

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "images"
 MARIO = "SuperMarioBros-1-1-v0"
 COLOURS = dict(zip(LADDER, ["#999999", "#CC79A7", "#D55E00", "#E69F00", "#009E73", "#0072B2", "#56B4E9"], strict=True))
-FIRST, SECOND, MORE, NEAR = "dreamerv3, seed 1", "dreamerv3, seed 2", "train ratio 256", "gamma 0.9"
+FIRST, SECOND, MORE, NEAR = "dreamerv3, seed 1", "dreamerv3, seed 2", "train ratio 256", "gamma 0.9, entropy x 10"
 COLOURS |= {FIRST: COLOURS["dreamerv3"], SECOND: "#009E73", MORE: "#D55E00", NEAR: "#CC79A7"}
 TRIALS = "ratio256_stopped", "gamma0.9_entropy_stopped"
 LABELS = {script: script.replace("_", " + ") if "baseline" in script else script for script in LADDER}
