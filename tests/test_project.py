@@ -187,10 +187,10 @@ def test_the_speeds_of_the_readme_are_what_was_measured():
         pairs = zip(rounds["Mario, PPO: ppo.py"], rounds["Mario, PPO: SB3, Gymnasium's wrappers"], strict=True)
         ratios += [f"{ours[0] / theirs[0]:.2f}" for ours, theirs in pairs]
     sentence = "three rounds gave {}, {} and {} x SB3 with Gymnasium's wrappers, a single round before {}."
-    assert sentence.format(*ratios) in " ".join(README.split())
+    assert sentence.format(*ratios) in " ".join(PAGES.split())
     rounds = sections["CartPole, PPO, 3 rounds with a later commit"]["results"]
     ours, theirs = (statistics.median(f[0] for f in rounds[f"CartPole, PPO: {name}"]) for name in ("ppo.py", "SB3"))
-    assert f"{ours / theirs:.2f} x SB3 before ({ours:,.0f} and {theirs:,.0f} steps/s)" in " ".join(README.split())
+    assert f"{ours / theirs:.2f} x SB3 before ({ours:,.0f} and {theirs:,.0f} steps/s)" in " ".join(PAGES.split())
     (updates,) = [v for k, v in json.loads((results / "speed_dreamer.json").read_text()).items() if "gradient" in k]
     for name, rounds in (measured | updates).items():
         group, form = name.split(":")[0], "{:.2f}" if name in updates else "{:,.0f}"
@@ -354,6 +354,9 @@ def test_figures_in_the_prose_are_what_was_recorded():
         f"{as_well[0]:,} and {as_well[1]:,}. Seed 2's first flag came at step {second_flags[0]:,}, and "
         f"{len(second_flags)} in all; PPO's seeds had more by the time they were level. {sum(died)} of the last 100 "
         f"episodes ended in two places, {died[0]} at x = 1,790 to 1,799 and {died[1]} at 2,010 to 2,029:",
+        f"was stopped at a mean x of {reached:,.0f}, after {minutes:.0f} minutes on both cores; PPO took "
+        f"{as_far[0]['time'] / 60:.0f} and {as_far[1]['time'] / 60:.0f} to come as far. Seed 2 rose to {best:,.0f} and "
+        f"had fallen back to {came:,.0f},",
         f"PPO's seeds had after {halves[0]['global_step']:,} and {halves[1]['global_step']:,} steps.",
         f"when the run was stopped, at step {frozen_at:,}: its entropy was {undecided[0]:.2f} (with 0.997 "
         f"{undecided[1]:.2f} and {undecided[2]:.2f}), and "
