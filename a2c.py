@@ -94,6 +94,7 @@ from nes_py.wrappers import JoypadSpace
 from tqdm import tqdm
 
 SCRIPT = "a2c"
+CORES = getattr(os, "process_cpu_count", os.cpu_count)()  # that this process may use; before Python 3.13 all
 
 
 @dataclass
@@ -145,18 +146,14 @@ def fail(sentence: str):
 
 def check(args: Args) -> None:
     """End with exit code 2 at the first flag whose value cannot work."""
-    zero = "seed num_threads eval_every save_every log_every ent_coef vf_coef target_kl cg_damping".split()
+    shares = "gamma gae_lambda backtrack_coef".split()
+    zero = shares + "seed num_threads eval_every save_every log_every ent_coef vf_coef target_kl cg_damping".split()
     for name, value in asdict(args).items():
         if isinstance(value, (str, bool)):
             continue
-        if name in ("gamma", "gae_lambda", "backtrack_coef"):
-            fits, remedy = 0 <= value <= 1, "from 0 to 1"
-        elif name in zero:
-            fits, remedy = 0 <= value < 2**31, "from 0 to 2147483647"
-        else:
-            fits, remedy = 0 < value < 2**31, "above 0, and at most 2147483647"
-        if not fits:
-            fail(f"--{name.replace('_', '-')} {value} cannot work; it must be {remedy}.")
+        least, most = "at least" if name in zero else "above", 1 if name in shares else 2**31 - 1
+        if not (0 < value <= most or (value == 0 and name in zero)):
+            fail(f"--{name.replace('_', '-')} {value} cannot work; it must be {least} 0 and at most {most}.")
     if args.total_timesteps < args.batch_size:
         fail(f"--total-timesteps {args.total_timesteps} cannot work; it must be at least a batch, {args.batch_size}.")
 
@@ -263,11 +260,6 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     return Frames(env) if image else env
 
 
-def cores() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 class Envs:
     """Environments stepped together, in threads where that pays: the NES emulator releases Python's lock.
 
@@ -284,7 +276,7 @@ class Envs:
         self.final_obs, self.finished = self.obs.copy(), {}
         self.rewards, self.returns, self.lengths = np.zeros((3, num_envs))
         self.terminated, self.truncated = np.zeros((2, num_envs), bool)
-        num_threads = min(num_envs, num_threads or (cores() + 1 if self.image else 1))
+        num_threads = min(num_envs, num_threads or (CORES + 1 if self.image else 1))
         self.map = ThreadPoolExecutor(num_threads).map if num_threads > 1 else map
 
     def reset(self, seed: int | list[int]) -> None:
@@ -546,12 +538,12 @@ class Run:
         self.global_step, self.best = state.get("global_step", 0), state.get("best", -math.inf)
         self.updated = state.get("updated", self.global_step)  # when the last update ended
         self.envs = eval_envs(args) if args.capture_video else None  # one that cannot draw shall say so now
-        for name, part in parts.items() if state else ():
-            part.load_state_dict(state[name])
         if state:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
             torch.set_rng_state(state["rng"])
-        if state and device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"])
+            if device.type == "cuda" and state["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(state["cuda_rng"])
         self.dir = Path(args.run_dir)
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = None
@@ -559,7 +551,7 @@ class Run:
             commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
         packages = "torch", "gymnasium", "gym-super-mario-bros", "numpy"
         versions = {package: importlib.metadata.version(package) for package in packages}
-        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cores()} x {platform.machine()}"
+        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{CORES} x {platform.machine()}"
         self.config = {"script": SCRIPT, **asdict(args), "versions": versions, "device": name, "commit": commit}
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -585,12 +577,10 @@ class Run:
                 self.refuse(f"--track cannot work ({error}); WANDB_MODE=offline would keep the record here.")
             self.tracker.define_metric("*", step_metric="global_step")
         self.began = time.time() - state.get("seconds", 0)
-        self.clock, self.shown, self.sps = (time.time(), self.global_step), time.time(), math.inf
-        self.recent = deque(state.get("recent", ()), 100)
+        self.recent, self.shown = deque(state.get("recent", ()), 100), time.time()
         self.sums, self.updates = state.get("sums", {}), state.get("updates", 0)  # of figures, and of how many updates
-        total, hidden = args.total_timesteps, not sys.stderr.isatty()
-        look = {"unit": " steps", "smoothing": 0, "dynamic_ncols": True}  # the mean speed, updates included
-        self.bar = tqdm(total=total, initial=self.global_step, disable=hidden, **look)
+        look = {"unit": " steps", "smoothing": 0, "dynamic_ncols": True, "disable": None}  # None: where no terminal is
+        self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, **look)
 
     def __enter__(self):
         torch.set_num_threads(1)  # threads of torch beside those that step environments slow both down many times
@@ -666,14 +656,12 @@ class Run:
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(self.global_step - self.bar.n)
         if self.bar.disable:
-            since = max(self.shown - self.clock[0], 1e-9)  # the clock may not have ticked yet
-            sps = min(self.sps, (self.global_step - self.clock[1]) / since)  # where updates have begun since
-            print(f"{self.global_step:,} of {self.bar.total:,} steps, {sps:,.0f} steps/s, {text}", flush=True)
+            print(f"{self.global_step:,} of {self.bar.total:,} steps, {self.sps:,.0f} steps/s, {text}", flush=True)
 
     @property
-    def remaining(self) -> float:
-        """The share of the training that lies ahead, for schedules."""
-        return 1 - self.global_step / self.args.total_timesteps
+    def sps(self) -> float:
+        """Agent steps per second of running, updates and evaluations included."""
+        return self.global_step / max(time.time() - self.began, 1e-9)  # the clock may not have ticked yet
 
     def begin_update(self) -> None:
         """From here to the end of the update a signal waits, and all cores may compute."""
@@ -695,7 +683,6 @@ class Run:
         before, self.updated = self.updated, self.global_step
         if logging:
             means = {name: total / self.updates for name, total in self.sums.items()}
-            self.sps = (self.global_step - self.clock[1]) / (time.time() - self.clock[0])
             self.write(means | {"charts/SPS": self.sps})
             self.sums, self.updates = {}, 0
         self.mark()
@@ -717,8 +704,6 @@ class Run:
                 self.best = result["eval/return_mean"]
         if saving:
             self.save("checkpoint.pt", self.parts)
-        if logging or evaluating or saving:
-            self.clock = time.time(), self.global_step
 
     def __exit__(self, kind, error, trace) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -807,8 +792,9 @@ def main() -> None:
     with Run(args, state, device, learn_threads, agent=agent, optimizer=optimizer, scaler=scaler) as run:
         envs.reset([args.seed, 0, run.global_step])  # a resumed run meets new episodes
         while run.global_step < args.last_step:
-            lr = args.learning_rate * (run.remaining if args.anneal_lr else 1)
-            ent_coef = args.ent_coef * (run.remaining if args.anneal_ent else 1)
+            remaining = 1 - run.global_step / args.total_timesteps  # the share of the training that lies ahead
+            lr = args.learning_rate * (remaining if args.anneal_lr else 1)
+            ent_coef = args.ent_coef * (remaining if args.anneal_ent else 1)
             optimizer.param_groups[0]["lr"] = lr
 
             # act: every environment takes num_steps steps

@@ -36,14 +36,14 @@ RUNGS = [
         "Args update main", 80,
     ),
     Rung("a2c", "trpo", "a bound on the KL divergence: natural gradient, line search", "Args Agent update main", 123),
-    Rung("trpo", "ppo", "the clipped surrogate in place of the bound", "Args check Agent update main", 145),
+    Rung("trpo", "ppo", "the clipped surrogate in place of the bound", "Args check Agent update main", 142),
     Rung(
         "a2c", "ppo", "the ratio, clipped; several epochs of minibatches",
         "Args check policy_loss update main", 90,
     ),
     Rung(
         "ppo", "dreamerv3", "a world model, and dreams to learn from",
-        "Args check make_env Envs Agent update evaluate set_up main", 852,
+        "Args check make_env Envs Agent update evaluate set_up main", 849,
     ),
 ]  # fmt: skip
 

@@ -72,18 +72,13 @@ def test_progress_lines_without_a_terminal(script, call, tmp_path, capsys, monke
     assert all("no episode has ended yet" in line for line in lines[: returns.index(True)])
 
 
-def test_the_speed_that_is_shown_drops_when_updates_begin(script, monkeypatch, capsys):
-    monkeypatch.setattr(script.time, "time", lambda: 1000.0)
+def test_the_speed_is_the_mean_of_the_whole_run(script, monkeypatch, capsys):
     bar = types.SimpleNamespace(disable=True, n=0, total=500, set_postfix_str=lambda *_, **__: None, update=lambda n: n)
-    run = types.SimpleNamespace(bar=bar, recent=[], global_step=300)
-    for clock, sps, shown in (
-        ((980.0, 100), math.inf, "10"),  # nothing measured yet: 200 steps in 20 s
-        ((980.0, 100), 440.0, "10"),  # faster before, when there was nothing to learn from
-        ((999.5, 200), 20.0, "20"),  # playing only so far, its update comes later
-        ((1000.0, 200), 20.0, "20"),  # in the same tick of the clock
-    ):
-        run.clock, run.sps = clock, sps
-        script.Run.show(run)
+    run = script.Run.__new__(script.Run)
+    run.bar, run.recent, run.global_step, run.began = bar, [], 300, 1000.0  # a resumed run began earlier by its seconds
+    for now, shown in ((1020.0, "15"), (1030.0, "10"), (1000.0, "300,000,000,000")):  # the clock has not ticked yet
+        monkeypatch.setattr(script.time, "time", lambda now=now: now)
+        run.show()
         assert f"300 of 500 steps, {shown} steps/s" in capsys.readouterr().out
 
 
@@ -250,7 +245,7 @@ MISTAKES = {
     "--learning-rate 0": "--learning-rate 0.0 cannot work",
     "--learning-rate nan": "--learning-rate nan cannot work",
     "--learning-rate inf": "--learning-rate inf cannot work",
-    "--gamma 1.5": "--gamma 1.5 cannot work; it must be from 0 to 1",
+    "--gamma 1.5": "--gamma 1.5 cannot work; it must be at least 0 and at most 1",
     "--seed -1": "--seed -1 cannot work",
     "--eval-episodes 0": "--eval-episodes 0 cannot work",
     "--eval-every -1": "--eval-every -1 cannot work",
