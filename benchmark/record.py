@@ -250,7 +250,7 @@ CHOICES = {  # what differs from PPO's default flags: the runs of 300,000 steps
 def choices_table() -> str:
     """What each of PPO's choices is worth on Mario: the last 100 episodes of training, and the updates of the last
     30,000 steps; what stands between slashes is one seed each."""
-    heads = "what differs|mean x|flags, last 100|flags, all|entropy|KL of an update|explained variance"
+    heads = "what differs|mean x|flags, last 100|flags, all|entropy|value loss|explained variance"
     lines = [f"| {heads.replace('|', ' | ')} |", "|---" * 7 + "|"]
     for differs, names in CHOICES.items():
         cells = []
@@ -258,10 +258,10 @@ def choices_table() -> str:
             _, rows = load(RESULTS / f"{MARIO}__ppo__{name}")
             flags = [row["charts/flag"] for row in rows if "charts/flag" in row]
             late = [row for row in rows if "losses/loss" in row and row["global_step"] > 270_000]
-            keys = "entropy", "approx_kl", "explained_variance"
-            entropy, kl, explained = (statistics.mean(row[f"losses/{key}"] for row in late) for key in keys)
+            keys = "entropy", "value_loss", "explained_variance"
+            entropy, error, explained = (statistics.mean(row[f"losses/{key}"] for row in late) for key in keys)
             x = f"{latest(rows, 'charts/x_pos', 300_000, 100):,.0f}"
-            figures = x, f"{sum(flags[-100:])}", f"{sum(flags)}", f"{entropy:.2f}", f"{kl:.4f}", f"{explained:.2f}"
+            figures = x, f"{sum(flags[-100:])}", f"{sum(flags)}", f"{entropy:.2f}", f"{error:.2g}", f"{explained:.2f}"
             cells.append(figures)
         columns = (" / ".join(column) for column in zip(*cells, strict=True))
         lines.append(f"| {differs} | {' | '.join(columns)} |")

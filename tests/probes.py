@@ -115,6 +115,14 @@ class Screen(gym.Env):
         return self.screen
 
 
+class CutScreen(Screen):
+    """The same with a time limit where that ends."""
+
+    def step(self, action):
+        obs, reward, over, _, info = super().step(action)
+        return obs, reward, False, over, info
+
+
 class AtariEnv(Screen):
     """Repeats actions itself, as ale_py's environments do unless told not to; with "ram" it shows no images."""
 
@@ -138,6 +146,14 @@ class TwoLengths(gym.Env):
     def step(self, action):
         self.left -= 1
         return np.zeros(1, np.float32), 1.0, self.left == 0, False, {}
+
+
+class TwoCuts(TwoLengths):
+    """The same, cut by time limits instead."""
+
+    def step(self, action):
+        obs, reward, over, _, info = super().step(action)
+        return obs, reward, False, over, info
 
 
 class Breaks(Constant):
@@ -239,7 +255,7 @@ gym.register("Atari-v0", entry_point="probes:AtariEnv", kwargs={"frameskip": 4})
 gym.register("Atari-ram-v0", entry_point="probes:AtariEnv", kwargs={"frameskip": 4, "obs_type": "ram"})
 for probe, limit in {
     Constant: 5, OneStep: None, Delayed: None, Copycat: None, Loud: None, Diary: None, Clockwork: None, Screen: None,
-    TwoLengths: None, Breaks: 200, NotANumber: 200, Both: 5, BoxActions: 5, DictObs: 5, FromOne: 5,
-    ManyActions: 5, Words: 5, Scalar: 5, ByteActions: 5, UnevenActions: 5,
+    TwoLengths: None, TwoCuts: None, CutScreen: None, Breaks: 200, NotANumber: 200, Both: 5, BoxActions: 5,
+    DictObs: 5, FromOne: 5, ManyActions: 5, Words: 5, Scalar: 5, ByteActions: 5, UnevenActions: 5,
 }.items():  # fmt: skip
     gym.register(f"{probe.__name__}-v0", entry_point=probe, max_episode_steps=limit)

@@ -303,6 +303,7 @@ def test_a_reset_inside_a_sequence_is_a_fresh_start_and_leaks_no_gradient():
 def test_a_sequence_begins_in_the_stored_state_with_the_stored_action():
     agent = agent_of()
     batch = batch_of(agent)
+    batch["first"][0, 1] = True  # the stored state has seen the first observation already
     torch.manual_seed(5)
     deter, stoch, logits = d.observe(agent, batch)
     torch.manual_seed(5)
@@ -496,6 +497,70 @@ def test_the_loss_is_the_weighted_sum():
     torch.testing.assert_close(figures["losses/loss"], total)
 
 
+def test_an_update_dreams_on_from_every_step_and_hands_each_its_return(monkeypatch):
+    """Dream t B + b begins in step t of stream b, and its first return is that step's bootstrap."""
+    agent, seen = agent_of(), {}
+    behaviour, replayed, observe = d.behaviour_losses, d.replay_value_loss, d.observe
+
+    def observing(*args):
+        seen["deter"], seen["stoch"], logits = observe(*args)
+        return seen["deter"], seen["stoch"], logits
+
+    def behaving(agent, args, states, actions, terminal):
+        losses, figures, returns = behaviour(agent, args, states, actions, terminal)
+        seen.update(dreams=states, actions=actions, terminal=terminal)
+        return losses, figures, torch.arange(18.0).expand_as(returns)
+
+    def replaying(agent, args, states, batch, bootstrap):
+        seen.update(states=states, bootstrap=bootstrap)
+        return replayed(agent, args, states, batch, bootstrap)
+
+    for name, spy in (("observe", observing), ("behaviour_losses", behaving), ("replay_value_loss", replaying)):
+        monkeypatch.setattr(d, name, spy)
+    columns = batch_of(agent)
+    columns["terminal"][4, 1] = True
+    one_update(agent, columns)
+    states = torch.cat([seen["deter"], seen["stoch"]], -1)
+    assert seen["dreams"].shape == (4, 18, 640) and seen["actions"].shape == (3, 18, 4)  # a horizon of 3
+    assert torch.equal(seen["dreams"][0].view(6, 3, 640), states) and not torch.equal(states[0], states[1])
+    assert torch.equal(seen["terminal"].view(6, 3), columns["terminal"][1:])
+    assert torch.equal(seen["bootstrap"], torch.arange(18.0).view(6, 3))
+    assert torch.equal(seen["states"], states) and seen["states"].requires_grad  # the critic's loss reaches the model
+    assert not seen["dreams"].requires_grad
+
+
+def test_each_action_of_a_dream_is_drawn_in_the_state_before_it():
+    agent = agent_of()
+    nn.init.normal_(agent.actor[-1].weight, std=100)
+    agent.share = 0.0  # so the policy is all but certain
+    states, actions = d.imagine(agent, torch.randn(9, 512).tanh(), torch.randn(9, 128), 5)
+    assert torch.equal(actions.argmax(-1), agent.actor(states[:-1]).argmax(-1))
+    assert (actions[1:] != actions[:-1]).any()
+
+
+def test_dreams_too_are_mixed_with_the_uniform():
+    """Of two alarms the second is a billion times earlier: it wins, if its class has any probability at all."""
+    for share, winner in ((0.01, 1), (0.0, 0)):
+        agent = agent_of(unimix=share)
+        for net in (agent.rssm.prior, agent.rssm.posterior):
+            nn.init.zeros_(net[-1].weight)
+            net[-1].bias.data = torch.tensor([200.0, 0, 0, 0]).repeat(32)
+        noise = torch.ones(1, 32, 4)
+        noise[..., 1] = 1e-9
+        deter, stoch, action = agent.initial(1)
+        _, dreamt = agent.rssm.imagine(deter, stoch, action, noise)
+        _, seen, _ = agent.rssm.observe(deter, stoch, action, agent.encoder({"vector": torch.zeros(1, 3)}), noise)
+        for drawn in (dreamt, seen):
+            assert (drawn.view(32, 4).argmax(-1) == winner).all()
+
+
+def test_the_range_of_returns_is_saved():
+    agent, other = agent_of(), agent_of()
+    one_update(agent)
+    other.load_state_dict(agent.state_dict())
+    assert agent.range.abs().sum() > 0 and torch.equal(agent.range, other.range)
+
+
 def test_an_update_refreshes_the_latent_states_that_it_replayed():
     agent = agent_of()
     columns, other, same = batch_of(agent), agent_of(), batch_of(agent)
@@ -593,7 +658,7 @@ def fill(replay, steps):
 
 
 def test_windows_are_contiguous_and_of_one_stream_whatever_was_overwritten(tmp_path):
-    replay = replay_of(tmp_path)  # 20 records of each stream
+    replay, together = replay_of(tmp_path), set()  # 20 records of each stream
     for steps in (9, 11, 7, 100):
         fill(replay, steps)
         replay.online.clear()
@@ -603,8 +668,10 @@ def test_windows_are_contiguous_and_of_one_stream_whatever_was_overwritten(tmp_p
             window = replay.columns["vector"][rows, streams].squeeze(-1)
             assert window.shape == (5, 2) and (window.diff(dim=0) == 100).all()
             seen |= {int(x) for x in window[0]}
+            together.add(tuple(streams[0].tolist()))
         oldest = max(0, replay.count - 20)
         assert seen == {100 * t + i for t in range(oldest, replay.count - 4) for i in range(3)}  # all items, no others
+    assert together == {(i, j) for i in range(3) for j in range(3)}
 
 
 def test_the_online_queue_serves_each_step_once_in_order(tmp_path):
@@ -648,6 +715,7 @@ def test_a_saved_replay_is_read_back_bit_for_bit_and_a_kill_between_loses_nothin
     replay.state_dict()
     replay.columns["deter"][3] = 7.5  # refreshed
     fill(replay, 25)
+    replay.owed = 2.75
     state = copy.deepcopy(replay.state_dict())
     torch.manual_seed(3)
     expected = [replay.sample() for _ in range(8)]
@@ -656,6 +724,7 @@ def test_a_saved_replay_is_read_back_bit_for_bit_and_a_kill_between_loses_nothin
     replay.state_dict()  # a checkpoint that the kill did not let through
     again = replay_of(tmp_path)
     again.load_state_dict(state)
+    assert again.owed == 2.75
     assert {name for name in columns if not torch.equal(columns[name], again.columns[name])} == set()
     torch.manual_seed(3)
     for (rows, streams), (r, s) in zip(expected, [again.sample() for _ in range(8)], strict=True):
@@ -768,6 +837,32 @@ def test_an_abandoned_episode_is_cut_when_replayed():
     plain["terminal"][2, 0] = False
     a, b = one_update(agent_of(), batch), one_update(agent_of(), plain)
     assert a == b
+
+
+@pytest.mark.parametrize("ratio", [3, 4.5])
+def test_as_many_updates_are_made_as_the_train_ratio_asks_for(ratio, call, monkeypatch, tmp_path):
+    """0.75 or 1.125 updates per step of both environments: what is not due yet is not forgotten."""
+    made, original, records = [], d.update, spy_on_records(monkeypatch)
+    monkeypatch.setattr(d, "update", lambda *args: made.append(1) or original(*args))
+    flags = [*short("dreamerv3"), "--total-timesteps", 64, "--train-ratio", ratio, "--run-dir", tmp_path / "run"]
+    assert call(d, *flags) == 0
+    due = 1 + (len(records) - d.Args(num_envs=2, batch_size=2, batch_length=4).ready_at + 1) * 2 * ratio / 8
+    assert len(made) in (int(due), int(due) + 1) and len(records) > 30  # the last step always has one
+
+
+def test_an_evaluation_forgets_the_episode_before(monkeypatch):
+    """Diary's episodes: every one begins afresh, and only there."""
+    agent, firsts, seen, original = agent_of({"vector": (2,)}, 2), [], [], d.Agent.act
+
+    def act(self, obs, latent, first, generator=None):
+        firsts.append(first.tolist())
+        seen.append(obs["vector"][:, 1].tolist())  # the step in the episode
+        return original(self, obs, latent, first, generator)
+
+    monkeypatch.setattr(d.Agent, "act", act)
+    envs = d.Envs("probes:Diary-v0", 2)
+    d.evaluate(agent, envs, 8, 1)
+    assert firsts == [[step == 0 for step in steps] for steps in seen] and sum(map(sum, firsts)) >= 8
 
 
 def test_acting_forgets_the_episode_before():

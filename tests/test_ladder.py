@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import LADDER, ROOT, SCRIPTS, metrics
+from conftest import LADDER, ROOT, SCRIPTS, metrics, short
 from torch import nn
 
 sys.path.append(str(ROOT / "benchmark"))
@@ -163,6 +163,41 @@ def test_a2c_loss_and_clipping_by_definition():
     nn.utils.clip_grad_norm_(other.parameters(), 0.2)
     sgd(other).step()
     assert_same_weights(one, other)
+
+
+@pytest.mark.parametrize("script", [reinforce, baseline, actor_critic, a2c], ids=lambda script: script.SCRIPT)
+def test_an_update_begins_with_no_gradient(script):
+    agent = agents(script)[0]
+    batch = batch_of(agents(a2c)[0], 64)
+    batch |= {"weights": batch["advantages"], "discounts": torch.ones(64)}
+    groups = [{"params": parameters(agent)}, {"params": [*agent.critic.parameters()]}] if script == baseline else None
+    optimizer = torch.optim.SGD(groups or agent.parameters(), 0.0)
+    given = {reinforce: [script.Args()], baseline: [script.Args()], actor_critic: [], a2c: [a2c.Args()]}[script]
+    last = [0.0] if script == a2c else []
+    norms = [script.update(agent, optimizer, *given, batch, *last)["losses/grad_norm"].item() for _ in range(3)]
+    assert norms[0] > 0 and norms == pytest.approx([norms[0]] * 3)
+
+
+@pytest.mark.parametrize("script", [reinforce, baseline, actor_critic, trpo, ppo], ids=lambda script: script.SCRIPT)
+def test_adam_has_the_epsilon_and_the_weights_that_main_gives_it(script, call, tmp_path):
+    """On images, where trunks are shared: the policy's step size, the first group's, is that of the shared one, too."""
+    assert (
+        call(
+            script,
+            *short(script.SCRIPT),
+            "--env",
+            "probes:Screen-v0",
+            "--total-timesteps",
+            60,
+            "--run-dir",
+            tmp_path / "run",
+        )
+        == 0
+    )
+    groups = script.load(tmp_path / "run" / "checkpoint.pt")["optimizer"]["param_groups"]
+    assert all(group["eps"] == 1e-5 for group in groups)
+    sizes = {"reinforce": [10], "reinforce_baseline": [10, 10], "actor_critic": [10, 2], "trpo": [10], "ppo": [12]}
+    assert [len(group["params"]) for group in groups] == sizes[script.SCRIPT]  # a trunk has 8 tensors, a head 2
 
 
 def test_a2c_has_its_epsilon_under_the_root(call, tmp_path):
@@ -342,6 +377,27 @@ def test_fisher_product_is_the_fisher_matrix():
     product = trpo.fisher_product(agent, parameters(agent), obs, 0.1)
     columns = torch.stack([product(e) for e in torch.eye(len(fisher), dtype=torch.float64)])
     torch.testing.assert_close(columns, fisher + 0.1 * torch.eye(len(fisher)).double(), rtol=0, atol=1e-10)
+
+
+def test_a_trpo_step_by_definition():
+    """x = (F + damping I)^-1 g by linear algebra, F from every third state, its length from the damped model."""
+    agent, batch = small()
+    old, actions = agent(batch["obs"])[0].log_softmax(-1), batch["actions"]
+    advantages = (batch["advantages"] - batch["advantages"].mean()) / batch["advantages"].std(correction=0)
+    gain = ((old - old.detach())[range(40), actions].exp() * advantages).mean()
+    g = trpo.flatten(torch.autograd.grad(gain, parameters(agent), retain_graph=True))
+    F = 0.3 * torch.eye(len(g), dtype=torch.float64)
+    states = range(0, 40, 3)
+    for s, a in itertools.product(states, range(4)):
+        score = trpo.flatten(torch.autograd.grad(old[s, a], parameters(agent), retain_graph=True))
+        F = F + old[s, a].exp().detach() * score[:, None] * score / len(states)
+    x = torch.linalg.solve(F, g)
+    before = trpo.flatten(parameters(agent)).detach()
+    args = trpo.Args(num_envs=4, num_steps=10, max_kl=1e-4, cg_damping=0.3, cg_iterations=60, fisher_every=3)
+    figures = trpo.update(agent, args, batch)
+    assert figures["losses/line_search_steps"] == 1  # so the full step was taken
+    step = trpo.flatten(parameters(agent)).detach() - before
+    torch.testing.assert_close(step, (2e-4 / (x @ F @ x)).sqrt() * x, rtol=1e-3, atol=1e-7)
 
 
 def test_conjugate_gradient_solves_and_tells_its_residual():

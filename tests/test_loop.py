@@ -38,6 +38,9 @@ def test_new_agent_is_nearly_uniform(rung, shape, image):
     assert logits.shape == (6, 7) and logits.dtype == torch.float32
     assert all(v.shape == (6,) and v.dtype == torch.float32 for v in values)
     assert logits.softmax(-1).sub(1 / 7).abs().max() < 0.02
+    gains = {head: getattr(agent, head).weight.norm(dim=1) for head in ("actor", "critic") if hasattr(agent, head)}
+    for head, gain in gains.items():  # orthogonal rows
+        torch.testing.assert_close(gain, torch.full_like(gain, {"actor": 0.01, "critic": 1}[head]))
 
 
 def test_bfloat16_is_close_to_float32(ppo):
@@ -55,6 +58,17 @@ def test_policy_and_critic_share_nothing(name):
     agent(torch.randint(0, 255, (2, 4, 84, 84), dtype=torch.uint8))[1].sum().backward()
     moved = {name for name, p in agent.named_parameters() if p.grad is not None}
     assert moved and all(name.startswith("critic") for name in moved)
+
+
+@pytest.mark.parametrize("name", ["actor_critic", "a2c", "ppo"])
+def test_on_images_policy_and_critic_move_one_trunk(name):
+    agent = importlib.import_module(name).Agent((4, 84, 84), 7, True)
+    assert agent.actor_trunk is agent.critic_trunk
+    obs = torch.randint(0, 255, (2, 4, 84, 84), dtype=torch.uint8)
+    for output in agent(obs):
+        agent.zero_grad()
+        output.sum().backward(retain_graph=True)
+        assert agent.actor_trunk[0].weight.grad.abs().sum() > 0
 
 
 # ---- every step is learnt from, once
@@ -197,6 +211,64 @@ def test_a_short_episode_is_not_paid_for_what_follows_it(name, call, monkeypatch
         assert (batch["weights" if name == "reinforce" else "returns"] == 1).sum() == 8
 
 
+def test_a_cut_episode_is_worth_what_its_last_state_is_whoever_plays_on(call, monkeypatch, tmp_path):
+    """1 or 40 steps that pay 1 each, then V; one observation, so one V, which is what weights leave out of returns."""
+    script = importlib.import_module("reinforce_baseline")
+    update = spy(monkeypatch, script, "update")
+    flags = "--env probes:TwoCuts-v0 --num-envs 8 --gamma 0.9 --total-timesteps 900 --eval-episodes 1".split()
+    assert call(script, *flags, "--run-dir", tmp_path / "run") == 0
+    lengths = set()
+    for batch in batches(update):
+        (V,) = set((batch["returns"] - batch["weights"]).round(decimals=4).tolist())
+        worth = {1: 1 + 0.9 * V, 40: (1 - 0.9**40) / 0.1 + 0.9**40 * V}
+        for G in batch["returns"][:8].tolist():  # the first step of each environment
+            (length,) = [length for length, known in worth.items() if abs(G - known) < 1e-3]
+            lengths.add(length)
+    assert lengths == {1, 40}
+
+
+@pytest.mark.parametrize("name", ["actor_critic", *ROLLOUTS])
+def test_rewards_are_scaled_episode_by_episode(name, call, monkeypatch, tmp_path):
+    script, seen = importlib.import_module(name), []
+    scale = script.RewardScaler.__call__
+
+    def spying(self, rewards, dones):
+        seen.append((rewards.copy(), dones.copy()))
+        return scale(self, rewards, dones)
+
+    monkeypatch.setattr(script.RewardScaler, "__call__", spying)
+    flags = [*DIARY, *(["--num-steps", 16] if name in ROLLOUTS else []), *(["--num-minibatches", 2] * (name == "ppo"))]
+    assert call(script, *flags, "--run-dir", tmp_path / "run") == 0
+    rewards, dones = (np.concatenate(column) for column in zip(*seen, strict=True))
+    for i in range(3):
+        assert dones[:, i].tolist() == [s + 1 == 2 + e % 5 for e, s in diary(i, 32)]
+        np.testing.assert_allclose(rewards[:, i], [e + (s + 1) / 100 for e, s in diary(i, 32)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_explained_variance_is_the_share_of_the_returns(name, call, monkeypatch, tmp_path):
+    script = importlib.import_module(name)
+    update = spy(monkeypatch, script, "update")
+    assert call(script, *short(name), "--total-timesteps", 96, "--gamma", 0.5, "--run-dir", tmp_path / "run") == 0
+    told = [row["losses/explained_variance"] for row in metrics(tmp_path / "run") if "charts/SPS" in row]
+    for batch, share in zip(batches(update), told, strict=True):  # advantages are returns less values
+        assert share == pytest.approx(1 - (batch["advantages"].var() / batch["returns"].var()).item(), abs=1e-4)
+    assert min(told) < -0.01
+
+
+def test_log_probs_are_those_of_the_actions_that_were_played(ppo, call, monkeypatch, tmp_path):
+    made, update = [], spy(monkeypatch, ppo, "update")
+    original = ppo.set_up
+    monkeypatch.setattr(ppo, "set_up", lambda args: made.append(original(args)) or made[-1])
+    flags = "--env CartPole-v1 --num-envs 2 --num-steps 16 --num-minibatches 2 --total-timesteps 32".split()
+    assert call(ppo, *flags, "--eval-episodes", 1, "--learning-rate", 1e-30, "--run-dir", tmp_path / "run") == 0
+    (batch,), agent = batches(update), made[0][2]
+    logits, values = agent(batch["obs"])
+    log_probs = logits.log_softmax(-1).gather(-1, batch["actions"][:, None]).squeeze(-1)
+    torch.testing.assert_close((log_probs, values), (batch["log_probs"], batch["values"]))
+    assert log_probs.unique().numel() > 16
+
+
 def test_episodes_are_told_as_they_were(rung, call, tmp_path):
     flags = [*DIARY, *short(rung.SCRIPT)[6:]]
     assert call(rung, *flags, "--run-dir", tmp_path / "run") == 0
@@ -259,8 +331,10 @@ def test_stored_frames_are_copies(rung, call, monkeypatch, tmp_path):
             assert [int(frame.min()) for frame in frames[t, i]] == expected
 
 
-def test_schedules_do_what_the_flags_say(rung, call, tmp_path):
+def test_schedules_do_what_the_flags_say(rung, call, monkeypatch, tmp_path):
+    updates = spy(monkeypatch, rung, "update")
     for anneal in (True, False):
+        updates.clear()
         run, ent = tmp_path / str(anneal), "ent_coef" in vars(rung.Args())
         flags = [*short(rung.SCRIPT), "--total-timesteps", 160, "--learning-rate", 0.02, "--run-dir", run]
         flags += ["--ent-coef", 0.3] if ent else []
@@ -274,6 +348,10 @@ def test_schedules_do_what_the_flags_say(rung, call, tmp_path):
             assert not ent or row["charts/ent_coef"] == pytest.approx(0.3 * left)
         rates = [g["lr"] for g in rung.load(run / "checkpoint.pt")["optimizer"]["param_groups"]]
         assert rates[0] == pytest.approx(rows[-1]["charts/learning_rate"])  # what was told is what the optimiser had
+        if ent:  # and the loss
+            assert [call[-1] for call in updates] == pytest.approx([row["charts/ent_coef"] for row in rows])
+        if rung.SCRIPT == "actor_critic":
+            assert rates[1] == pytest.approx(rung.Args().value_learning_rate * rates[0] / 0.02)
 
 
 # ---- probe environments: the answers can be computed by hand
@@ -346,6 +424,16 @@ def test_frames_repeat_the_action_and_stop_at_the_end(ppo):
         assert [int(frame.max()) for frame in obs] == [max(4 * (step - k), 0) for k in (3, 2, 1)] + [newest]
 
 
+def test_a_time_limit_ends_the_repetition_of_an_action(script):
+    env, paid, cut = script.make_env("probes:CutScreen-v0"), [], False
+    env.reset()
+    while not cut:
+        action = 0 if script.SCRIPT != "dreamerv3" else np.eye(2)[0]
+        _, reward, terminated, cut, _ = env.step(action)
+        paid.append(reward)
+    assert paid == [4.0] * 14 + [2.0] and not terminated
+
+
 def test_no_action_is_repeated_twice(script):
     """4 frames an action by the script and 4 each of them by Atari's environments would be 16."""
     assert script.make_env("probes:Atari-v0").unwrapped.frameskip == 1
@@ -368,6 +456,13 @@ def test_evaluation_does_not_prefer_short_episodes(ppo):
     agent, envs = ppo.Agent((1,), 2, False), ppo.Envs("probes:TwoLengths-v0", 32)
     lengths = [ppo.evaluate(agent, envs, 64, seed)["eval/length_mean"] for seed in range(8)]
     assert np.mean(lengths) == pytest.approx(20.5, abs=3)  # 512 episodes: standard error 0.86
+
+
+def test_evaluation_draws_its_actions_from_the_policy(rung):
+    """An episode of Clockwork pays 4 if all 8 actions are the same; drawn from a fair coin 4 +- sqrt(2)."""
+    agent, envs = rung.Agent((2,), 2, False), rung.Envs("probes:Clockwork-v0", 4)
+    result = rung.evaluate(agent, envs, 80, 1)
+    assert result["eval/return_mean"] == pytest.approx(4, abs=0.8) and 1 < result["eval/return_std"] < 1.9
 
 
 def test_evaluation_is_decided_by_its_seed(ppo):
@@ -475,6 +570,21 @@ def test_the_best_checkpoint_is_that_of_the_best_evaluation(rung, call, tmp_path
     capsys.readouterr()
     assert call(rung, "--evaluate", tmp_path / "run") == 0
     assert f"4 episodes, return {real[2]['eval/return_mean']:.1f} +- " in capsys.readouterr().out
+
+
+def test_a_resumed_run_and_another_seed_meet_new_episodes(script, call, tmp_path, monkeypatch):
+    begun, reset = [], script.Envs.reset
+
+    def spying(self, seed):
+        begun.append(tuple(np.random.SeedSequence(seed).generate_state(2)))
+        reset(self, seed)
+
+    monkeypatch.setattr(script.Envs, "reset", spying)
+    for flags in (["--run-dir", tmp_path / "a"], ["--run-dir", tmp_path / "b", "--seed", 2]):
+        assert call(script, *short(script.SCRIPT), "--total-timesteps", 64, *flags) == 0
+    assert call(script, "--resume", tmp_path / "a", "--total-timesteps", 128) == 0
+    first, evaluation, other, its_evaluation, resumed, evaluated = begun
+    assert len({first, other, resumed, evaluation, its_evaluation}) == 5 and evaluated == evaluation
 
 
 def test_evaluations_do_not_play_the_episodes_of_training(rung, call, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """PPO's numbers against their definitions."""
 
+import copy
 import math
 
 import numpy as np
@@ -158,6 +159,58 @@ def test_approx_kl_and_clipfrac_tell_how_far_the_policy_moved(ppo):
     figures = ppo.update(agent, torch.optim.SGD(agent.parameters(), 0.0), args, batch, 0.0)
     assert figures["losses/clipfrac"] == 1
     assert figures["losses/approx_kl"] == pytest.approx(0.5 - math.log(1.5), rel=1e-4)
+
+
+def test_an_update_by_definition(ppo):
+    """Each minibatch step of two epochs, written down again: standardised advantages, (5), (6), value loss, entropy."""
+    agent = ppo.Agent((3,), 4, False)
+    agent.actor.weight.data *= 300
+    other, batch = copy.deepcopy(agent), batch_of(ppo, agent)
+    flags = {"num_minibatches": 4, "update_epochs": 2, "clip_coef": 0.1, "vf_coef": 0.7, "max_grad_norm": 0.2}
+    torch.manual_seed(5)
+    args = ppo.Args(num_envs=4, num_steps=16, **flags)
+    ppo.update(agent, torch.optim.SGD(agent.parameters(), 0.3), args, batch, 0.4)
+    torch.manual_seed(5)
+    clipped = 0
+    for _ in range(2):
+        order = torch.randperm(64)
+        for begin in range(0, 64, 16):
+            b = {name: tensor[order[begin : begin + 16]] for name, tensor in batch.items()}
+            logits, values = other(b["obs"])
+            policy = torch.distributions.Categorical(logits=logits)
+            ratio = (policy.log_prob(b["actions"]) - b["log_probs"]).exp()
+            A = (b["advantages"] - b["advantages"].mean()) / b["advantages"].std()
+            surrogate = torch.minimum(ratio * A, ratio.clamp(0.9, 1.1) * A).mean()
+            error = 0.5 * ((values - b["returns"]) ** 2).mean()
+            other.zero_grad()
+            (-surrogate - 0.4 * policy.entropy().mean() + 0.7 * error).backward()
+            norm = torch.cat([p.grad.flatten() for p in other.parameters()]).norm()
+            clipped += bool(norm > 0.2)
+            with torch.no_grad():
+                for p in other.parameters():
+                    p -= 0.3 * p.grad * min(1, 0.2 / norm)
+    assert clipped == 8
+    for p, q in zip(agent.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_target_kl_compares_the_mean_of_an_epoch(ppo):
+    def steps(target, epochs=2):
+        made, agent = [], ppo.Agent((3,), 4, False)
+        agent.load_state_dict(weights)
+        optimizer = torch.optim.SGD(agent.parameters(), 0.5)
+        optimizer.register_step_post_hook(lambda *_: made.append(1))
+        torch.manual_seed(1)
+        args = ppo.Args(num_envs=4, num_steps=16, num_minibatches=4, update_epochs=epochs, target_kl=target)
+        moved = ppo.update(agent, optimizer, args, batch, 0.0)["losses/approx_kl"].item()
+        return len(made), moved
+
+    weights = ppo.Agent((3,), 4, False).state_dict()
+    agent = ppo.Agent((3,), 4, False)
+    agent.load_state_dict(weights)
+    batch = batch_of(ppo, agent)
+    _, first = steps(0.0, epochs=1)
+    assert [steps(target)[0] for target in (0.99 * first, 1.01 * first)] == [4, 8]
 
 
 def test_target_kl_ends_the_epochs(ppo):
