@@ -76,7 +76,7 @@ import time
 import traceback
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import cv2
@@ -371,12 +371,13 @@ class Agent(nn.Module):
             critic_features = features if self.image else self.critic_trunk(obs)
         return self.actor(features.float()), self.critic(critic_features.float()).squeeze(-1)
 
+    @torch.no_grad()
     def act(self, obs: torch.Tensor, generator=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """obs (B, *obs_shape) -> actions (B,) drawn from the policy, their log pi(a|s) (B,), values (B,)."""
         logits, values = self(obs)
         log_probs = F.log_softmax(logits, -1)
         noise = torch.empty_like(log_probs).exponential_(generator=generator)
-        actions = (log_probs.detach().exp() / noise).argmax(-1, keepdim=True)  # as torch.multinomial, in half the time
+        actions = (log_probs.exp() / noise).argmax(-1, keepdim=True)  # as torch.multinomial, in half the time
         return actions.squeeze(-1), log_probs.gather(-1, actions).squeeze(-1), values
 
 
@@ -429,7 +430,6 @@ def update(agent: Agent, optimizer, args: Args, batch: dict, ent_coef: float) ->
 # ------------------------------------------------------------------------------------------------ evaluate
 
 
-@torch.no_grad()
 def evaluate(agent: Agent, envs: Envs, episodes: int, seed: int, video: Path | None = None) -> dict:
     """Play whole episodes, actions drawn from the policy -> eval/... figures.
 
@@ -620,8 +620,8 @@ class Run:
         self.marked |= {"recent": list(self.recent), "sums": dict(self.sums), "updates": self.updates}
 
     def save(self, name: str, parts: dict) -> None:
-        args = asdict(replace(self.args, resume=""))
-        state = {"script": SCRIPT, "args": args, "best": self.best, "wandb_id": self.wandb and self.tracker.id}
+        state = {"script": SCRIPT, "args": asdict(self.args) | {"resume": ""}, "best": self.best}
+        state["wandb_id"] = self.wandb and self.tracker.id
         parts = {name: part.state_dict() for name, part in parts.items()}
         save(self.dir / name, {**state, **parts, **self.marked})
 
@@ -800,8 +800,7 @@ def main() -> None:
             # act: every environment takes num_steps steps
             for t in range(args.num_steps):
                 obs[t] = to_device(envs.obs)
-                with torch.no_grad():
-                    actions[t], _, values[t] = agent.act(obs[t])
+                actions[t], _, values[t] = agent.act(obs[t])
                 envs.step(actions[t].tolist())
                 rewards[t], terminated[t], truncated[t] = envs.rewards, envs.terminated, envs.truncated
                 if truncated[t].any():  # a time limit is no end: V of the state in which it struck stands for the rest

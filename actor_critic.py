@@ -62,7 +62,7 @@ import time
 import traceback
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import cv2
@@ -352,12 +352,13 @@ class Agent(nn.Module):
             critic_features = features if self.image else self.critic_trunk(obs)
         return self.actor(features.float()), self.critic(critic_features.float()).squeeze(-1)
 
+    @torch.no_grad()
     def act(self, obs: torch.Tensor, generator=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """obs (B, *obs_shape) -> actions (B,) drawn from the policy, their log pi(a|s) (B,), values (B,)."""
         logits, values = self(obs)
         log_probs = F.log_softmax(logits, -1)
         noise = torch.empty_like(log_probs).exponential_(generator=generator)
-        actions = (log_probs.detach().exp() / noise).argmax(-1, keepdim=True)  # as torch.multinomial, in half the time
+        actions = (log_probs.exp() / noise).argmax(-1, keepdim=True)  # as torch.multinomial, in half the time
         return actions.squeeze(-1), log_probs.gather(-1, actions).squeeze(-1), values
 
 
@@ -407,7 +408,6 @@ def update(agent: Agent, optimizer, batch: dict) -> dict:
 # ------------------------------------------------------------------------------------------------ evaluate
 
 
-@torch.no_grad()
 def evaluate(agent: Agent, envs: Envs, episodes: int, seed: int, video: Path | None = None) -> dict:
     """Play whole episodes, actions drawn from the policy -> eval/... figures.
 
@@ -598,8 +598,8 @@ class Run:
         self.marked |= {"recent": list(self.recent), "sums": dict(self.sums), "updates": self.updates}
 
     def save(self, name: str, parts: dict) -> None:
-        args = asdict(replace(self.args, resume=""))
-        state = {"script": SCRIPT, "args": args, "best": self.best, "wandb_id": self.wandb and self.tracker.id}
+        state = {"script": SCRIPT, "args": asdict(self.args) | {"resume": ""}, "best": self.best}
+        state["wandb_id"] = self.wandb and self.tracker.id
         parts = {name: part.state_dict() for name, part in parts.items()}
         save(self.dir / name, {**state, **parts, **self.marked})
 
@@ -773,8 +773,7 @@ def main() -> None:
 
             # act: one step, and learn from it at once
             obs = to_device(envs.obs.copy())
-            with torch.no_grad():
-                actions, _, values = map(torch.clone, agent.act(obs))  # a CUDA graph overwrites what it returned before
+            actions, _, values = map(torch.clone, agent.act(obs))  # a CUDA graph overwrites what it returned before
             envs.step(actions.tolist())
             rewards, terminated, truncated = envs.rewards, envs.terminated, envs.truncated
             run.step(args.num_envs, envs.finished)

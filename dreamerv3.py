@@ -112,7 +112,7 @@ import time
 import traceback
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -467,13 +467,12 @@ class Replay:
         rows = (starts + torch.arange(self.window)[:, None]) % self.length
         return rows, streams[None]
 
-    def slices(self, begin: int, end: int) -> list[slice]:
-        """Where the records from begin to end lie: in two pieces, as they may go around the end of the columns."""
-        lap = max(begin, (end - 1) // self.length * self.length)  # where the last lap begins
-        return [slice(a % self.length, a % self.length + b - a) for a, b in ((begin, lap), (lap, end))]
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        """Where the records from begin to end lie in the columns, which are rings."""
+        return torch.arange(begin, end) % self.length
 
     def read(self, name: str, begin: int, end: int) -> torch.Tensor:
-        return torch.cat([self.columns[name][piece].cpu() for piece in self.slices(begin, end)])
+        return self.columns[name][self.rows(begin, end)].cpu()
 
     def state_dict(self) -> dict:
         """Write what is new beside the checkpoint -> what tells the rest, for the checkpoint.
@@ -506,18 +505,15 @@ class Replay:
         self.online, self.saved = deque(whole), self.count
         for name in self.files:
             try:
-                rows = torch.load(self.folder / name, weights_only=True, mmap=True)
+                saved = torch.load(self.folder / name, weights_only=True, mmap=True)
             except Exception as error:
                 fail(f"{self.folder / name} cannot be read ({type(error).__name__}); a run is resumed with its replay.")
-            end = int(name[:-3].split("-")[-1])
-            kept, streams = min(end - self.oldest, *map(len, rows.values())), rows[next(iter(rows))].shape[1]
+            end, (length, streams) = int(name[:-3].split("-")[-1]), next(iter(saved.values())).shape[:2]
             if streams != self.args.num_envs:
                 fail(f"--num-envs {self.args.num_envs} does not fit the replay, which has {streams}; leave it out.")
-            for key in rows if kept > 0 else ():
-                pieces = self.slices(end - kept, end)
-                parts = rows[key][-kept:].split([piece.stop - piece.start for piece in pieces])
-                for piece, part in zip(pieces, parts, strict=True):
-                    self.columns[key][piece] = part  # device and type may have changed
+            kept = max(0, min(end - self.oldest, length))
+            for key, column in saved.items():  # device and type may have changed
+                self.columns[key][self.rows(end - kept, end)] = column[length - kept :].to(self.columns[key])
 
 
 # ------------------------------------------------------------------------------------------------ network
@@ -1045,7 +1041,6 @@ def dream(agent: Agent, obs: dict, actions: torch.Tensor, context: int) -> torch
 # ------------------------------------------------------------------------------------------------ evaluate
 
 
-@torch.no_grad()
 def evaluate(agent: Agent, envs: Envs, episodes: int, seed: int, video: Path | None = None) -> dict:
     """Play whole episodes, actions drawn from the policy -> eval/... figures.
 
@@ -1258,8 +1253,8 @@ class Run:
         self.marked |= {"recent": list(self.recent), "sums": dict(self.sums), "updates": self.updates}
 
     def save(self, name: str, parts: dict) -> None:
-        args = asdict(replace(self.args, resume=""))
-        state = {"script": SCRIPT, "args": args, "best": self.best, "wandb_id": self.wandb and self.tracker.id}
+        state = {"script": SCRIPT, "args": asdict(self.args) | {"resume": ""}, "best": self.best}
+        state["wandb_id"] = self.wandb and self.tracker.id
         parts = {name: part.state_dict() for name, part in parts.items()}
         save(self.dir / name, {**state, **parts, **self.marked})
 

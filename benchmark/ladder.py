@@ -29,7 +29,7 @@ RUNGS = [
     Rung("reinforce", "reinforce_baseline", "a critic V(s), subtracted from the return", "Args Agent update main", 50),
     Rung(
         "reinforce_baseline", "actor_critic", "an update after every step, from the TD error; rewards brought to scale",
-        "Args check Agent policy_loss update set_up main", 147,
+        "Args check Agent policy_loss update set_up main", 145,
     ),
     Rung(
         "actor_critic", "a2c", "many environments, n-step returns, entropy bonus, gradient clipping, RMSprop",
@@ -43,7 +43,7 @@ RUNGS = [
     ),
     Rung(
         "ppo", "dreamerv3", "a world model, and dreams to learn from",
-        "Args check make_env Envs Agent update evaluate set_up main", 849,
+        "Args check make_env Envs Agent update evaluate set_up main", 843,
     ),
 ]  # fmt: skip
 
