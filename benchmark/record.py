@@ -261,7 +261,7 @@ def choices_table() -> str:
             keys = "entropy", "value_loss", "explained_variance"
             entropy, error, explained = (statistics.mean(row[f"losses/{key}"] for row in late) for key in keys)
             x = f"{latest(rows, 'charts/x_pos', 300_000, 100):,.0f}"
-            figures = x, f"{sum(flags[-100:])}", f"{sum(flags)}", f"{entropy:.2f}", f"{error:.2g}", f"{explained:.2f}"
+            figures = x, f"{sum(flags[-100:])}", f"{sum(flags)}", f"{entropy:.2f}", f"{error:.3g}", f"{explained:.2f}"
             cells.append(figures)
         columns = (" / ".join(column) for column in zip(*cells, strict=True))
         lines.append(f"| {differs} | {' | '.join(columns)} |")
@@ -277,7 +277,8 @@ def tables() -> dict[str, str]:
     ppo = [path for path in folders if path.name.startswith(f"{MARIO}__ppo")]
     found |= {"Mario, PPO": mario_table(ppo), "Cartpole swing-up, DreamerV3": control_table()}
     found |= {"Mario, DreamerV3 beside PPO": dreams_of_mario(), "Mario, more replay": replayed_more()}
-    return found | {"Mario, a nearer view": nearer_view(), "Catch": catch_table()}
+    found |= {"Mario, a nearer view": nearer_view(), "Mario, PPO's choices": choices_table()}
+    return found | {"Catch": catch_table()}
 
 
 def main() -> None:

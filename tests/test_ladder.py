@@ -408,6 +408,10 @@ def test_conjugate_gradient_solves_and_tells_its_residual():
     torch.testing.assert_close(x, torch.linalg.solve(A, g), rtol=1e-4, atol=1e-5)
     x, residual = trpo.conjugate_gradient(A.__matmul__, g, 5)
     assert residual.item() == pytest.approx((A @ x - g).square().sum().item(), rel=1e-6) and residual > 1e-8
+    Q = torch.linalg.qr(A).Q
+    five = Q @ torch.diag(torch.tensor([1.0, 2, 3, 4, 5, 5, 5, 5, 5, 5, 5, 5]).double()) @ Q.T
+    residuals = [trpo.conjugate_gradient(five.__matmul__, g, iterations)[1].item() for iterations in (4, 5)]
+    assert residuals[0] > 1e-6 and residuals[1] < 1e-20  # as many iterations as different eigenvalues
 
 
 def test_accepted_steps_stay_inside_the_trust_region():
