@@ -342,6 +342,19 @@ def test_model_losses_by_definition():
         torch.testing.assert_close(losses, expected | {"dynamics": held, "representation": held})
 
 
+def test_pixels_are_told_from_0_to_1():
+    agent, batch = agent_of(IMAGE), batch_of(agent_of())
+    batch["image"] = torch.randint(256, (7, 3, 64, 64, 3), dtype=torch.uint8)
+    for off in (0.0, 0.1):
+        agent.decoder.forward = lambda *_: {"image": batch["image"][1:].flatten(0, 1) / 255 + off}  # noqa: B023
+        losses = d.model_losses(
+            agent, d.Args(), batch, torch.randn(6, 3, 512), torch.randn(6, 3, 128), torch.randn(6, 3, 32, 4)
+        )
+        assert losses["image"].item() == pytest.approx(
+            64 * 64 * 3 * off**2, rel=1e-4
+        )  # a sum over pixels, a mean over steps
+
+
 def test_free_nats_stop_the_gradient_step_by_step_and_each_side_of_the_kl_has_its_loss():
     agent = agent_of()
     batch = batch_of(agent)
@@ -538,6 +551,16 @@ def test_each_action_of_a_dream_is_drawn_in_the_state_before_it():
     assert (actions[1:] != actions[:-1]).any()
 
 
+def test_each_step_of_a_dream_takes_the_action_just_drawn_and_new_noise():
+    agent, seen = agent_of(), []
+    original = agent.rssm.imagine
+    agent.rssm.imagine = lambda *args: seen.append(args) or original(*args)
+    states, actions = d.imagine(agent, torch.randn(9, 512).tanh(), torch.randn(9, 128), 5)
+    for k, (deter, stoch, action, _) in enumerate(seen):
+        assert torch.equal(torch.cat([deter, stoch], -1), states[k]) and torch.equal(action, actions[k])
+    assert len({noise.sum().item() for *_, noise in seen}) == len(seen) == 5
+
+
 def test_dreams_too_are_mixed_with_the_uniform():
     """Of two alarms the second is a billion times earlier: it wins, if its class has any probability at all."""
     for share, winner in ((0.01, 1), (0.0, 0)):
@@ -552,6 +575,14 @@ def test_dreams_too_are_mixed_with_the_uniform():
         _, seen, _ = agent.rssm.observe(deter, stoch, action, agent.encoder({"vector": torch.zeros(1, 3)}), noise)
         for drawn in (dreamt, seen):
             assert (drawn.view(32, 4).argmax(-1) == winner).all()
+
+
+def test_actions_too_are_mixed_with_the_uniform():
+    for share, winner in ((0.01, 1), (0.0, 0)):
+        agent = agent_of(actor_unimix=share)
+        nn.init.zeros_(agent.actor[-1].weight)
+        agent.actor[-1].bias.data = torch.tensor([200.0, 0, 0, 0])
+        assert agent.draw(torch.randn(1, 640), torch.tensor([[1, 1e-9, 1, 1]])).argmax(-1) == winner
 
 
 def test_the_range_of_returns_is_saved():
@@ -828,6 +859,9 @@ def test_records_are_what_happened(call, monkeypatch, tmp_path):
             assert record["stoch"][i].tolist() == latent[1][i].view(32, -1).argmax(-1).tolist()
     rows = metrics(tmp_path / "run")
     assert rows[-1]["global_step"] == 60 and len(records) > 30  # reset records are not agent steps
+    told = [row["charts/episodic_return"] for row in rows if "charts/episodic_return" in row]
+    paid = [sum(e + s / 100 for s in range(1, 3 + e % 5)) for e in range(10) for _ in range(2)]
+    assert len(told) > 7 and told == pytest.approx(paid[: len(told)])
 
 
 def test_an_abandoned_episode_is_cut_when_replayed():
@@ -863,6 +897,14 @@ def test_an_evaluation_forgets_the_episode_before(monkeypatch):
     envs = d.Envs("probes:Diary-v0", 2)
     d.evaluate(agent, envs, 8, 1)
     assert firsts == [[step == 0 for step in steps] for steps in seen] and sum(map(sum, firsts)) >= 8
+
+
+def test_each_environment_of_an_evaluation_plays_its_share(monkeypatch):
+    envs, played = d.Envs("probes:TwoLengths-v0", 4), []
+    step = envs.step
+    monkeypatch.setattr(envs, "step", lambda *args: step(*args) or played.extend(envs.finished))
+    d.evaluate(agent_of({"vector": (1,)}, 2), envs, 10, 1)
+    assert sorted(played) == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3]
 
 
 def test_acting_forgets_the_episode_before():
