@@ -109,6 +109,7 @@ class Oracle(torch.nn.Module):
     def forward(self, obs):
         return self.actor(obs), self.critic(obs).squeeze(-1)
 
+    @torch.no_grad()
     def act(self, obs, generator=None):
         actions = torch.randint(2, (len(obs),), generator=generator)
         return actions, torch.full((len(obs),), math.log(0.5)), self(obs)[1]
@@ -124,6 +125,7 @@ class Blind(Oracle):
     def forward(self, obs):
         return self.actor(obs)
 
+    @torch.no_grad()
     def act(self, obs, generator=None):
         actions = torch.randint(2, (len(obs),), generator=generator)
         return actions, torch.full((len(obs),), math.log(0.5))

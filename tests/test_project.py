@@ -532,7 +532,7 @@ HALF = "1__1M/best", "1__1M/checkpoint", "2__1M/checkpoint"
 
 
 def test_evaluations_of_the_readme_are_what_was_printed():
-    prose = " ".join(README.split())
+    prose = " ".join(PAGES.split())
     printed = json.loads((ROOT / "benchmark" / "results" / "evaluations.json").read_text())
 
     def figures(line):
