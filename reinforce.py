@@ -248,7 +248,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     if isinstance(env.unwrapped, NESEnv) and env.action_space == NESEnv.action_space:
         env = JoypadSpace(env, SIMPLE_MOVEMENT)
     for what, kind in (("action", gym.spaces.Discrete), ("observation", gym.spaces.Box)):
-        if not isinstance(space := getattr(env, f"{what}_space"), kind):
+        if not isinstance(space := getattr(env, f"{what}_space", None), kind):
             remedy = f"{SCRIPT}.py needs {kind.__name__}, and dreamerv3.py takes Box actions and Dict observations, too"
             fail(f"--env {env_id} cannot work: its {what} space is {space}; {remedy}.")
     shape = env.observation_space.shape
@@ -289,7 +289,8 @@ class Envs:
     def step_one(self, i: int, action: int) -> None:
         try:
             obs, reward, terminated, truncated, info = self.envs[i].step(action + self.first_action)
-            self.obs[i], self.rewards[i] = obs, reward
+            self.obs[i] = np.reshape(obs, self.obs.shape[1:])  # a wrong shape shall not be broadcast
+            self.rewards[i] = reward
             self.terminated[i], self.truncated[i] = terminated, truncated and not terminated
             self.returns[i] += reward
             self.lengths[i] += 1
@@ -489,6 +490,28 @@ def load(path: Path) -> dict:
     return state
 
 
+def restore(part, state: dict, args: Args) -> None:
+    """part.load_state_dict(state), or exit code 2 where its shapes are others than those that were saved."""
+    try:
+        part.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError):
+        which = f"--resume {args.resume}" if args.resume else f"--evaluate {args.evaluate}"
+        fail(f"{which} cannot work: --env {args.env} or this script's network is not what it was; start a new run.")
+
+
+def lock(file) -> bool:
+    """Keep other processes from writing to the file until this one ends -> False if one is doing so already."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        pass
+    return True
+
+
 class Run:
     """What surrounds the training: folder, log, evaluations, checkpoints, and the end, however it comes.
 
@@ -503,7 +526,7 @@ class Run:
         self.envs = eval_envs(args) if args.capture_video else None  # one that cannot draw shall say so now
         if state:
             for name, part in parts.items():
-                part.load_state_dict(state[name])
+                restore(part, state[name], args)
             torch.set_rng_state(state["rng"])
             if device.type == "cuda" and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"])
@@ -524,19 +547,21 @@ class Run:
             fail(f"--run-dir {self.dir} is there already; continue it with --resume {self.dir} or name another.")
         except OSError as error:
             fail(f"--run-dir {self.dir} cannot be written to ({error.strerror}); name another folder.")
+        if not lock(self.file):
+            fail(f"--resume {self.dir} cannot work while that run is still going on; stop it first.")
         whole = min(state.get("metrics_bytes", 0), self.file.tell())
         self.file.seek(self.file.truncate(whole))  # what followed is played again
-        self.wandb = None
+        self.wandb, self.wandb_id = None, state.get("wandb_id")
         if args.track:
             import wandb
 
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity or None, "name": self.dir.name}
-            names |= {"dir": str(self.dir), "id": state.get("wandb_id"), "resume": "allow" if state else None}
+            names |= {"dir": str(self.dir), "id": self.wandb_id, "resume": "allow" if state else None}
             if not (os.environ.get("WANDB_MODE") or sys.stdin.isatty() or wandb.login(prompt=False, verify=False)):
                 names["mode"] = "offline"  # without a key and a terminal wandb could only ask a question into the void
             try:
                 self.wandb, self.tracker = wandb, wandb.init(**names, config=asdict(args))
-            except wandb.Error as error:
+            except Exception as error:
                 self.refuse(f"--track cannot work ({error}); WANDB_MODE=offline would keep the record here.")
             self.tracker.define_metric("*", step_metric="global_step")
         self.began = time.time() - state.get("seconds", 0)
@@ -554,8 +579,11 @@ class Run:
             self.save("checkpoint.pt", self.parts)
         except OSError as error:
             self.refuse(f"--run-dir {self.dir} cannot hold a run: {error}")
-        signal.signal(signal.SIGINT, self.interrupt)
-        signal.signal(signal.SIGTERM, self.interrupt)
+        self.signals = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            self.signals.append(signal.SIGHUP)  # the terminal was closed
+        for number in self.signals:
+            signal.signal(number, self.interrupt)
         return self
 
     def refuse(self, sentence: str) -> None:
@@ -584,7 +612,7 @@ class Run:
 
     def save(self, name: str, parts: dict) -> None:
         state = {"script": SCRIPT, "args": asdict(self.args) | {"resume": ""}, "best": self.best}
-        state["wandb_id"] = self.wandb and self.tracker.id
+        state["wandb_id"] = self.tracker.id if self.wandb else self.wandb_id
         parts = {name: part.state_dict() for name, part in parts.items()}
         save(self.dir / name, {**state, **parts, **self.marked})
 
@@ -665,11 +693,11 @@ class Run:
             if result["eval/return_mean"] >= self.best:
                 self.save("best.pt", {"agent": self.parts["agent"]})  # to play, not to go on from
                 self.best = result["eval/return_mean"]
-        if saving:
+        if saving or evaluating:
             self.save("checkpoint.pt", self.parts)
 
     def __exit__(self, kind, error, trace) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self.signals:
             signal.signal(number, signal.SIG_IGN)  # nothing shall cut off the saving
         ending, code = "finished", 0
         if kind is KeyboardInterrupt:
@@ -700,8 +728,9 @@ class Run:
             print(*lines, sep="\n", flush=True)
         except OSError:  # who read along is gone; what Python still holds for it goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            print(*lines, sep="\n", file=sys.stderr)
-        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(OSError):  # a closed terminal takes both along
+                print(*lines, sep="\n", file=sys.stderr)
+        for number in self.signals:
             signal.signal(number, signal.SIG_DFL)  # all is saved: who does not want to wait for an upload need not
         if self.wandb:
             self.tracker.finish(exit_code=code)
@@ -739,7 +768,7 @@ def main() -> None:
     args, state = parse()
     device, envs, agent = set_up(args)
     if args.evaluate:
-        agent.load_state_dict(state["agent"])
+        restore(agent, state["agent"], args)
         return play(agent, args)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
     learn_threads = torch.get_num_threads() if envs.image and device.type == "cpu" else 1

@@ -436,7 +436,7 @@ def test_a_strangers_file_cannot_run_code(script, call, tmp_path, capsys, monkey
 
 def test_signals_save_and_say_how_to_go_on(tmp_path):
     """Signals to a process of its own. tests/test_loop.py interrupts and resumes every script."""
-    cases = [("ppo", signal.SIGTERM), ("ppo", signal.SIGINT)]
+    cases = [("ppo", signal.SIGTERM), ("ppo", signal.SIGINT), ("ppo", signal.SIGHUP)]  # the last: a closed terminal
     running = []
     for name, number in cases:
         run = tmp_path / f"{name}{number}"
@@ -444,6 +444,9 @@ def test_signals_save_and_say_how_to_go_on(tmp_path):
         running.append((name, number, run, start(name, *flags, cwd=tmp_path)))
     for i, (name, number, run, process) in enumerate(running):
         wait_for(process, lambda run=run: len(metrics_so_far(run)) > 50)
+        other = start(name, "--resume", run, cwd=tmp_path)  # two would write into one file
+        sentence = f"--resume {run} cannot work while that run is still going on; stop it first.\n"
+        assert other.communicate()[1] == sentence and other.returncode == 2
         process.send_signal(number)
         out, err = process.communicate(timeout=300)
         assert process.returncode == 128 + number and err == ""
@@ -456,6 +459,34 @@ def test_signals_save_and_say_how_to_go_on(tmp_path):
         out, err = again.communicate(timeout=300)
         assert again.returncode == 0 and err == ""
         assert metrics(run)[-1]["global_step"] == step + 64
+
+
+def test_a_run_does_not_fit_an_environment_that_has_changed(script, call, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    assert call(script, *tiny(script), "--env", "probes:Screen-v0", "--run-dir", run) == 0
+    monkeypatch.setattr(probes.Screen, "action_space", probes.gym.spaces.Discrete(3))
+    for flags in (["--resume", run, "--total-timesteps", 128], ["--evaluate", run]):
+        assert call(script, *flags) == 2
+        assert f"{flags[0]} {run}" in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
+def test_an_observation_of_another_shape_is_not_broadcast(script, call, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(probes.Clockwork, "obs", lambda self: np.zeros(1, np.float32))  # its space has shape (2,)
+    assert call(script, *tiny(script), "--run-dir", tmp_path / "run") == 1
+    assert "cannot reshape array of size 1 into shape (2,)" in capsys.readouterr().out
+
+
+def test_the_best_is_never_ahead_of_the_checkpoint(script, call, tmp_path, monkeypatch):
+    """Else a resumed run could replace it by a worse one."""
+    saved, save = [], script.save
+    monkeypatch.setattr(script, "save", lambda path, state: saved.append((path, state)) or save(path, state))
+    flags = [*short(script.SCRIPT), "--total-timesteps", 96, "--eval-every", 32, "--save-every", 0]
+    assert call(script, *flags, "--run-dir", tmp_path / "run") == 0
+    kept = {"best.pt", "checkpoint.pt"}  # dreamerv3.py saves its replay, too
+    saved = [(path.name, state["global_step"], state["best"]) for path, state in saved if path.name in kept]
+    for (name, step, _), (then, its_step, best) in itertools.pairwise(saved):
+        assert name != "best.pt" or (then == "checkpoint.pt" and its_step == step and best > -math.inf)
+    assert any(name == "best.pt" and step < 96 for name, step, _ in saved)
 
 
 def test_ctrl_c_takes_the_reader_of_a_pipe_along(tmp_path):
