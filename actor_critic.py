@@ -52,6 +52,7 @@ import functools
 import importlib
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
@@ -60,6 +61,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -774,6 +776,8 @@ def set_up(args: Args) -> tuple[torch.device, Envs, Agent]:
     agent = Agent(envs.obs.shape[1:], envs.num_actions, envs.image, dtype)
     agent.to(device, memory_format=torch.channels_last if envs.image else torch.preserve_format)
     if args.compile:
+        logging.getLogger("torch._inductor").setLevel(logging.ERROR)  # what the compiler says is to its developers
+        warnings.filterwarnings("ignore", module=r"torch\._inductor")
         agent.compile(mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
     return device, envs, agent
 

@@ -102,6 +102,7 @@ import importlib
 import importlib.metadata
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -110,6 +111,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -135,6 +137,7 @@ SIZES = {"1m": 64, "12m": 256, "25m": 384, "50m": 512, "100m": 768, "200m": 1024
 LATENTS, BLOCKS, BINS = 32, 8, 255  # categorical variables of stoch, blocks of the GRU, bins of a two-hot prediction
 LATENT = "deter", "stoch"  # what a record holds of the latent state
 DREAM = 64  # steps of a video of a dream
+PIECE = 8  # steps that --compile makes one program of: more are faster, and take longer to compile
 
 
 @dataclass
@@ -684,10 +687,13 @@ class RSSM(nn.Module):
         self.posterior = mlp(deter + tokens, units, 1, stoch)
         self.prior = mlp(deter, units, 2, stoch)
 
-    def core(self, deter: torch.Tensor, stoch: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    def embed(self, action: torch.Tensor) -> torch.Tensor:
+        """Actions (..., num_actions) as the core takes them."""
+        return self.from_action(action / action.abs().clamp(min=1))
+
+    def core(self, deter: torch.Tensor, stoch: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
         """deter (B, D) of the next step: a GRU whose recurrent weights are BLOCKS separate blocks."""
-        action = action / action.abs().clamp(min=1)
-        inputs = torch.cat([self.from_deter(deter), self.from_stoch(stoch), self.from_action(action)], -1)
+        inputs = torch.cat([self.from_deter(deter), self.from_stoch(stoch), embedded], -1)
         blocks = deter.unflatten(-1, (BLOCKS, -1))
         x = torch.cat([blocks, inputs[:, None].expand(-1, BLOCKS, -1)], -1)  # all inputs go to every block
         x = F.silu(self.norm(self.hidden(x)))
@@ -703,15 +709,20 @@ class RSSM(nn.Module):
         probs = unimix(logits, self.share)
         return (pick(probs.detach(), noise) + (probs - probs.detach())).flatten(-2).to(dtype)
 
-    def observe(self, deter, stoch, action, tokens, noise) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One step with an observation -> deter, stoch of the posterior, logits of the posterior."""
-        deter = self.core(deter, stoch, action)
-        logits = self.logits(self.posterior, torch.cat([deter, tokens], -1))
-        return deter, self.sample(logits, noise, deter.dtype), logits
+    def observe(self, deter, stoch, actions, tokens, noise, first) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """T steps with observations (T, B, ...), from the state (B, ...) before them -> deter, stoch and logits of the
+        posterior of each. Where first (T, B) begins an episode, the old state and what was done in it are nothing."""
+        keep, steps = ~first[..., None], []
+        for t, embedded in enumerate(self.embed(actions * keep)):
+            deter = self.core(deter * keep[t], stoch * keep[t], embedded)
+            logits = self.logits(self.posterior, torch.cat([deter, tokens[t]], -1))
+            stoch = self.sample(logits, noise[t], deter.dtype)
+            steps.append((deter, stoch, logits))
+        return tuple(torch.stack(column) for column in zip(*steps, strict=True))
 
     def imagine(self, deter, stoch, action, noise) -> tuple[torch.Tensor, torch.Tensor]:
         """One step without: deter, stoch of the prior."""
-        deter = self.core(deter, stoch, action)
+        deter = self.core(deter, stoch, self.embed(action))
         return deter, self.sample(self.logits(self.prior, deter), noise, deter.dtype)
 
 
@@ -778,9 +789,10 @@ class Agent(nn.Module):
         """obs (B, ...) and the latent state that led there -> actions (B, num_actions) drawn from the policy, and the
         new latent state (deter, stoch, action). Rows of first (B,) begin an episode: their old state is nothing."""
         with self.autocast():
-            deter, stoch, action = (part * ~first[:, None] for part in latent)
-            noise = exponential(deter, len(deter), LATENTS, self.rssm.classes, generator=generator)
-            deter, stoch, _ = self.rssm.observe(deter, stoch, action, self.encoder(obs), noise)
+            deter, stoch, action = latent
+            noise = exponential(deter, 1, len(deter), LATENTS, self.rssm.classes, generator=generator)
+            steps = self.rssm.observe(deter, stoch, action[None], self.encoder(obs)[None], noise, first[None])
+            deter, stoch, _ = (part[0] for part in steps)
             action = self.draw(torch.cat([deter, stoch], -1), self.noise(len(deter), generator=generator))
         return action, (deter, stoch, action.to(self.dtype))
 
@@ -820,10 +832,12 @@ def lambda_returns(rewards, discounts, values, decay) -> torch.Tensor:
 
     All (K, ...), each row of the step that follows: reward, discount (0 where the episode ended for good), value and
     lambda (0 where it ended or was cut: no return flows back from the next episode)."""
-    returns, last = torch.empty_like(values), values[-1]
+    known, share = rewards + discounts * (1 - decay) * values, discounts * decay  # of all rows at once
+    returns, last = [], values[-1]
     for k in reversed(range(len(values))):
-        returns[k] = last = rewards[k] + discounts[k] * ((1 - decay[k]) * values[k] + decay[k] * last)
-    return returns
+        last = torch.addcmul(known[k], share[k], last)
+        returns.append(last)
+    return torch.stack(returns[::-1])
 
 
 def observe(agent: Agent, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -833,12 +847,12 @@ def observe(agent: Agent, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torc
     obs = {sense: batch[sense][1:].flatten(0, 1) for sense in ("image", "vector") if sense in batch}
     tokens = agent.encoder(obs).unflatten(0, (T, B))
     deter, stoch = batch["deter"][0], F.one_hot(batch["stoch"][0].long(), agent.rssm.classes).flatten(1).to(agent.dtype)
-    noise, keep = exponential(deter, T, B, LATENTS, agent.rssm.classes), ~batch["first"][1:, :, None]
-    actions, steps = batch["action"][:-1] * keep, []
-    for t, token in enumerate(tokens.unbind()):
-        deter, stoch, logits = agent.rssm.observe(deter * keep[t], stoch * keep[t], actions[t], token, noise[t])
-        steps.append((deter, stoch, logits))
-    return tuple(torch.stack(column) for column in zip(*steps, strict=True))
+    noise, pieces = exponential(deter, T, B, LATENTS, agent.rssm.classes), []
+    columns = batch["action"][:-1], tokens, noise, batch["first"][1:]
+    for piece in zip(*(column.split(PIECE) for column in columns), strict=True):
+        pieces.append(agent.rssm.observe(deter, stoch, *piece))
+        deter, stoch = (part[-1] for part in pieces[-1][:2])
+    return tuple(torch.cat(column) for column in zip(*pieces, strict=True))
 
 
 def model_losses(agent: Agent, args: Args, batch: dict, deter, stoch, logits) -> dict:
@@ -984,11 +998,12 @@ def update(agent: Agent, optimizer: LaProp, args: Args, columns: dict, rows, str
 
 
 def compile_parts(agent: Agent) -> None:
-    """Compile the networks and one step of the RSSM, not the loops over time, which would take minutes more."""
+    """Compile the networks, some steps of the RSSM and the policy, not the loops, which would take many minutes."""
     torch._dynamo.config.recompile_limit = 64  # each network is compiled for acting, replaying, dreaming, judging
     agent.rssm.observe = torch.compile(agent.rssm.observe, dynamic=False)
     agent.rssm.imagine = torch.compile(agent.rssm.imagine, dynamic=False)
-    for net in (agent.encoder, agent.decoder, agent.reward, agent.going_on, agent.actor, agent.critic):
+    agent.draw, agent.judge = (torch.compile(f, dynamic=False) for f in (agent.draw, agent.judge))
+    for net in (agent.encoder, agent.decoder, agent.reward, agent.going_on, agent.critic):
         net.compile(dynamic=False)
 
 
@@ -1021,21 +1036,19 @@ class Captured:
 def dream(agent: Agent, obs: dict, actions: torch.Tensor, context: int) -> torch.Tensor:
     """What the model makes of T steps, obs (T, ...) and actions (T, num_actions): from `context` steps that it is shown
     and T - context that it imagines from their actions alone -> images (T, 64, 64, C), from 0 to 1."""
-    deter, stoch, _ = agent.initial(1)
-    action, states = torch.zeros_like(actions[:1]), []
+    deter, stoch, action = agent.initial(1)
+    before = torch.cat([action, actions[:-1].to(agent.dtype)])[:, None]  # what was done before each step
     generator = torch.Generator(deter.device).manual_seed(0)
-    with agent.autocast():
-        tokens = agent.encoder({sense: values[:context] for sense, values in obs.items()})
-        for t in range(len(actions)):
-            noise = exponential(deter, 1, LATENTS, agent.rssm.classes, generator=generator)
-            if t < context:
-                deter, stoch, _ = agent.rssm.observe(deter, stoch, action.to(agent.dtype), tokens[t : t + 1], noise)
-            else:
-                deter, stoch = agent.rssm.imagine(deter, stoch, action.to(agent.dtype), noise)
-            action = actions[t : t + 1]
-            states.append((deter, stoch))
+    noise = exponential(deter, len(actions), 1, LATENTS, agent.rssm.classes, generator=generator)
+    with agent.autocast():  # all as it is: compiled, each length would be compiled anew
+        tokens = agent.encoder.forward({sense: values[:context] for sense, values in obs.items()})[:, None]
+        first = torch.zeros(len(tokens), 1, dtype=torch.bool, device=deter.device)
+        seen = RSSM.observe(agent.rssm, deter, stoch, before[:context], tokens, noise[:context], first)
+        states = list(zip(*seen[:2], strict=True))
+        for t in range(len(states), len(actions)):
+            states.append(RSSM.imagine(agent.rssm, *states[-1], before[t], noise[t]))
         deter, stoch = (torch.cat(part) for part in zip(*states, strict=True))
-        return agent.decoder.forward(deter, stoch)["image"]  # as it is: compiled, each length would be compiled anew
+        return agent.decoder.forward(deter, stoch)["image"]
 
 
 # ------------------------------------------------------------------------------------------------ evaluate
@@ -1424,6 +1437,7 @@ def set_up(args: Args) -> tuple[torch.device, Envs, Agent]:
     if args.capture_video and "rgb_array" not in envs.envs[0].metadata.get("render_modes", []):
         print(f"--capture-video: {args.env} cannot draw itself; going on without videos.")
         args.capture_video = False
+    torch.backends.cudnn.benchmark = True  # of a GPU's convolution algorithms the first calls find the fastest
     fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
     dtype = torch.bfloat16 if fast else torch.float32
     senses = {sense: values.shape[1:] for sense, values in envs.obs.items()}
@@ -1435,6 +1449,8 @@ def set_up(args: Args) -> tuple[torch.device, Envs, Agent]:
             if mallopt(-3, 2**30) or mallopt(-3, 2**25):  # M_MMAP_THRESHOLD; older ones take no more than 32 MB
                 mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     if args.compile:
+        logging.getLogger("torch._inductor").setLevel(logging.ERROR)  # what the compiler says is to its developers
+        warnings.filterwarnings("ignore", module=r"torch\._inductor")
         compile_parts(agent)
     return device, envs, agent
 

@@ -74,6 +74,7 @@ import functools
 import importlib
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
@@ -82,6 +83,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -759,6 +761,8 @@ def set_up(args: Args) -> tuple[torch.device, Envs, Agent]:
     agent = Agent(envs.obs.shape[1:], envs.num_actions, envs.image, dtype)
     agent.to(device, memory_format=torch.channels_last if envs.image else torch.preserve_format)
     if args.compile:
+        logging.getLogger("torch._inductor").setLevel(logging.ERROR)  # what the compiler says is to its developers
+        warnings.filterwarnings("ignore", module=r"torch\._inductor")
         agent.compile(dynamic=True)  # batches of whole episodes have any size
     return device, envs, agent
 

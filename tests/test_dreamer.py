@@ -224,7 +224,7 @@ def test_the_gru_by_hand_block_after_block():
         gates = hidden[:, 64 * g : 64 * g + 64] @ rssm.gates.weight[g] + rssm.gates.bias[g]
         reset, cand, update = gates[:, :64].sigmoid(), gates[:, 64:128], (gates[:, 128:] - 1).sigmoid()
         new.append(update * (reset * cand).tanh() + (1 - update) * blocks[g])
-    torch.testing.assert_close(rssm.core(deter, stoch, action), torch.cat(new, -1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rssm.core(deter, stoch, rssm.embed(action)), torch.cat(new, -1), atol=1e-5, rtol=1e-5)
 
 
 def test_encoder_and_decoder_by_hand():
@@ -292,8 +292,9 @@ def test_a_reset_inside_a_sequence_is_a_fresh_start_and_leaks_no_gradient():
     noise = d.exponential(deter, 6, 3, 32, 4)  # what observe has drawn
     zero_deter, zero_stoch, zero_action = agent.initial(1)
     token = agent.encoder({"vector": batch["vector"][3, :1]})
-    fresh = agent.rssm.observe(zero_deter, zero_stoch, zero_action, token, noise[2, :1])
-    torch.testing.assert_close((deter[2, :1], stoch[2, :1]), fresh[:2])  # record 3 of stream 0 is a first one
+    goes_on = torch.zeros(1, 1, dtype=torch.bool)
+    fresh = agent.rssm.observe(zero_deter, zero_stoch, zero_action[None], token[None], noise[2:3, :1], goes_on)
+    torch.testing.assert_close((deter[2:3, :1], stoch[2:3, :1]), fresh[:2])  # record 3 of stream 0 is a first one
     deter[3:, 0].sum().backward(retain_graph=True)
     assert batch["deter"].grad.abs().max() == 0
     deter[:, 2].sum().backward()
@@ -309,11 +310,27 @@ def test_a_sequence_begins_in_the_stored_state_with_the_stored_action():
     torch.manual_seed(5)
     noise = d.exponential(deter, 6, 3, 32, 4)
     old = F.one_hot(batch["stoch"][0].long(), 4).float().flatten(1)
-    token = agent.encoder({"vector": batch["vector"][1]})
-    step = agent.rssm.observe(batch["deter"][0], old, batch["action"][0], token, noise[0])
-    torch.testing.assert_close((deter[0], stoch[0], logits[0]), step)
-    step = agent.rssm.observe(*step[:2], batch["action"][1], agent.encoder({"vector": batch["vector"][2]}), noise[1])
-    torch.testing.assert_close((deter[1], stoch[1], logits[1]), step)
+    state, goes_on = (batch["deter"][0], old), torch.zeros(1, 3, dtype=torch.bool)
+    for t in range(2):
+        token = agent.encoder({"vector": batch["vector"][t + 1]})
+        step = agent.rssm.observe(*state, batch["action"][t : t + 1], token[None], noise[t : t + 1], goes_on)
+        torch.testing.assert_close((deter[t : t + 1], stoch[t : t + 1], logits[t : t + 1]), step)
+        state = step[0][0], step[1][0]
+
+
+@pytest.mark.parametrize("piece", [1, 4, 6])
+def test_a_sequence_may_be_cut_into_pieces(piece, monkeypatch):
+    """States and gradients are those of a sequence that is followed in one go, whether pieces are equal or not."""
+    results = []
+    for length in (100, piece):
+        monkeypatch.setattr(d, "PIECE", length)
+        agent = agent_of()
+        batch = batch_of(agent)
+        states = d.observe(agent, batch)
+        sum((part * torch.linspace(-1, 1, part.numel()).view_as(part)).sum() for part in states).backward()
+        results.append([*states, *(p.grad for p in agent.rssm.parameters() if p.grad is not None)])
+    assert len(results[0]) > 20
+    torch.testing.assert_close(*results)
 
 
 # ---- losses
@@ -568,11 +585,12 @@ def test_dreams_too_are_mixed_with_the_uniform():
         for net in (agent.rssm.prior, agent.rssm.posterior):
             nn.init.zeros_(net[-1].weight)
             net[-1].bias.data = torch.tensor([200.0, 0, 0, 0]).repeat(32)
-        noise = torch.ones(1, 32, 4)
+        noise, token = torch.ones(1, 32, 4), agent.encoder({"vector": torch.zeros(1, 3)})
         noise[..., 1] = 1e-9
         deter, stoch, action = agent.initial(1)
         _, dreamt = agent.rssm.imagine(deter, stoch, action, noise)
-        _, seen, _ = agent.rssm.observe(deter, stoch, action, agent.encoder({"vector": torch.zeros(1, 3)}), noise)
+        goes_on = torch.zeros(1, 1, dtype=torch.bool)
+        _, seen, _ = agent.rssm.observe(deter, stoch, action[None], token[None], noise[None], goes_on)
         for drawn in (dreamt, seen):
             assert (drawn.view(32, 4).argmax(-1) == winner).all()
 

@@ -37,7 +37,9 @@ def assert_near(run, other, rtol, atol):
     a, b = weights(run), weights(other)
     assert a.keys() == b.keys()
     for name, expected in a.items():
-        torch.testing.assert_close(b[name], expected, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            b[name], expected, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @ENVS
@@ -79,7 +81,7 @@ def test_a_recorded_update_is_the_update(env, call, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore")  # what the compiler says about itself is not ours
 @ENVS
 def test_compiled_and_eager_agree(script, env, call, tmp_path):
-    """Numbers on vectors are float32; on images, where they are bfloat16, actions soon differ: the first loss counts."""
+    """On vectors numbers are float32; on images they are bfloat16, and actions soon differ: the first loss counts."""
     torch._dynamo.reset()
     flags = [*short(script.SCRIPT), *IDLE, "--env", env, "--cuda", "--total-timesteps", 64]
     for name, more in (("eager", []), ("compiled", ["--compile"])):
