@@ -168,7 +168,7 @@ def parse() -> tuple[Args, dict]:
         if getattr(args, flag):
             fail(f"--{flag.replace('_', '-')} cannot work with --evaluate, which only plays; leave one out.")
     folder = str(Path(args.resume).parent) if args.resume.endswith("checkpoint.pt") else args.resume
-    if folder and args.run_dir and Path(args.run_dir) != Path(folder):
+    if folder and args.run_dir and Path(args.run_dir).resolve() != Path(folder).resolve():
         fail(f"--run-dir {args.run_dir} cannot work with --resume, which goes on in {folder}; resume a copy of it.")
     if folder or args.evaluate:
         file = Path(args.evaluate or f"{folder}/checkpoint.pt")
@@ -615,6 +615,7 @@ class Run:
         self.mark()
         try:
             (self.dir / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+            (self.dir / "error.txt").unlink(missing_ok=True)  # of an earlier try
             self.save("checkpoint.pt", self.parts)
         except OSError as error:
             self.refuse(f"--run-dir {self.dir} cannot hold a run: {error}")

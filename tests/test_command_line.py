@@ -390,7 +390,8 @@ def test_a_complete_run_goes_on_as_its_refusal_says(script, call, tmp_path, caps
     assert call(script, *tiny(script), "--run-dir", run) == 0
     assert call(script, "--resume", run) == 2
     (longer,) = re.findall(r"--total-timesteps (\d+) would continue it", capsys.readouterr().err)
-    assert call(script, "--resume", run / "checkpoint.pt", "--run-dir", run, "--total-timesteps", longer) == 0
+    same = run.parent / ".." / run.parent.name / run.name
+    assert call(script, "--resume", run / "checkpoint.pt", "--run-dir", same, "--total-timesteps", longer) == 0
     rows = metrics(run)
     evaluations = [row for row in rows if "eval/return_mean" in row]
     out = capsys.readouterr().out
@@ -677,6 +678,7 @@ def test_a_disk_that_fills_up_costs_no_more_than_the_steps_since_the_last_checkp
     metrics(run)  # parses every line: none is torn
     assert not list(run.rglob("*.tmp"))
     assert call(script, "--resume", run, "--total-timesteps", 64) == 0
+    assert not (run / "error.txt").exists()  # what it told is over
 
 
 def test_an_environment_that_raises_ends_with_a_sentence(script, call, tmp_path, capsys):
