@@ -207,6 +207,14 @@ def test_the_speeds_of_the_readme_are_what_was_measured():
         assert [cell.strip() for cell in line.split("|")][-1 - len(cells) : -1] == cells, (line, cells)
 
 
+def test_the_gpu_speeds_of_the_readme_are_what_was_measured():
+    figures = json.loads((ROOT / "benchmark" / "results" / "speed_gpu.json").read_text())
+    for name, rounds in figures["gradient steps/s, GB, seconds to start; one list per round"].items():
+        (speeds, memory, start), form = zip(*rounds, strict=True), "| {} | {:.1f} | {:.1f} - {:.1f} | {:.1f} | {:.0f} |"
+        row = form.format(name, statistics.median(speeds), min(speeds), max(speeds), memory[0], start[0])
+        assert README.count(row) == 1, row
+
+
 def test_figures_in_the_prose_are_what_was_recorded():
     sys.path.append(str(ROOT / "benchmark"))
     import record
