@@ -340,10 +340,9 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         fail(f"--env {env_id} cannot be made; {type(error).__name__} says: {error}")
     if isinstance(env.unwrapped, NESEnv) and env.action_space == NESEnv.action_space:
         env = JoypadSpace(env, SIMPLE_MOVEMENT)
-    if not isinstance(env.action_space, (gym.spaces.Discrete, gym.spaces.Box)):
-        fail(f"--env {env_id} cannot work; {SCRIPT}.py needs a Discrete or Box space where it has {env.action_space}.")
-    if not env.observation_space.is_np_flattenable:
-        space = env.observation_space
+    if not isinstance(space := getattr(env, "action_space", None), (gym.spaces.Discrete, gym.spaces.Box)):
+        fail(f"--env {env_id} cannot work; {SCRIPT}.py needs a Discrete or Box space where it has {space}.")
+    if not getattr(space := getattr(env, "observation_space", None), "is_np_flattenable", False):
         fail(f"--env {env_id} cannot work; {SCRIPT}.py needs a Box or Dict space of fixed size where it has {space}.")
     return Senses(env)
 
@@ -381,6 +380,8 @@ class Envs:
         """Step the environments in `rows` (default: all) with their actions, one per environment."""
         self.finished = {}
         deque(self.map(self.step_one, range(len(self.envs)) if rows is None else rows, actions), maxlen=0)
+        if not all(np.isfinite(figures).all() for figures in (self.rewards, self.obs.get("vector", 0))):
+            raise FloatingPointError("a reward or an observation of the environment is not finite")
 
     def step_one(self, i: int, action: list[float]) -> None:
         try:
@@ -439,8 +440,6 @@ class Replay:
 
     def add(self, record: dict) -> None:
         """Add a record of every environment, each value (N, ...)."""
-        if not all(np.isfinite(record[name]).all() for name in ("reward", "vector") if name in record):
-            raise FloatingPointError("a reward or an observation is no longer finite")
         for name, value in record.items():
             self.columns[name][self.count % self.length] = torch.as_tensor(value)
         self.count += 1
@@ -1129,7 +1128,16 @@ def open_video(path: Path, frame: np.ndarray, fps: float):
 
 def eval_envs(args: Args) -> Envs:
     """The environments of an evaluation; the first one draws if videos are wanted."""
-    return Envs(args.env, min(args.eval_episodes, 16), args.num_threads, "rgb_array" if args.capture_video else None)
+    envs = Envs(args.env, min(args.eval_episodes, 16), args.num_threads, "rgb_array" if args.capture_video else None)
+    if args.capture_video:
+        envs.reset(args.seed)
+        try:
+            frame = envs.envs[0].render()
+            if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.shape[2:] == (3,)):
+                raise TypeError("render() returned no uint8 image of height x width x 3")
+        except Exception as error:
+            fail(f"--capture-video cannot work: {args.env} cannot draw itself ({error}); leave it out.")
+    return envs
 
 
 def play(agent: Agent, args: Args) -> None:

@@ -300,6 +300,8 @@ class Envs:
         """Step the environments in `rows` (default: all) with their actions, one per environment."""
         self.finished = {}
         deque(self.map(self.step_one, range(len(self.envs)) if rows is None else rows, actions), maxlen=0)
+        if not all(np.isfinite(figures).all() for figures in (self.rewards, 0 if self.image else self.obs)):
+            raise FloatingPointError("a reward or an observation of the environment is not finite")
 
     def step_one(self, i: int, action: int) -> None:
         try:
@@ -572,7 +574,16 @@ def open_video(path: Path, frame: np.ndarray, fps: float):
 
 def eval_envs(args: Args) -> Envs:
     """The environments of an evaluation; the first one draws if videos are wanted."""
-    return Envs(args.env, min(args.eval_episodes, 16), args.num_threads, "rgb_array" if args.capture_video else None)
+    envs = Envs(args.env, min(args.eval_episodes, 16), args.num_threads, "rgb_array" if args.capture_video else None)
+    if args.capture_video:
+        envs.reset(args.seed)
+        try:
+            frame = envs.envs[0].render()
+            if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.shape[2:] == (3,)):
+                raise TypeError("render() returned no uint8 image of height x width x 3")
+        except Exception as error:
+            fail(f"--capture-video cannot work: {args.env} cannot draw itself ({error}); leave it out.")
+    return envs
 
 
 def play(agent: Agent, args: Args) -> None:
@@ -875,7 +886,7 @@ def set_up(args: Args) -> tuple[torch.device, Envs, Agent]:
         print("A CUDA device was found; --cuda would use it.")
     torch.manual_seed(args.seed)
     envs = Envs(args.env, 1 if args.evaluate else args.num_envs, args.num_threads)
-    if len(envs.obs.shape) == 4 and not envs.image:
+    if len(envs.obs.shape) > 2 and not envs.image:
         print(f"--env {args.env}: a CNN sees only uint8 images of height x width x 1 or 3; these go to an MLP.")
     if args.capture_video and "rgb_array" not in envs.envs[0].metadata.get("render_modes", []):
         print(f"--capture-video: {args.env} cannot draw itself; going on without videos.")

@@ -19,6 +19,7 @@ import types
 from pathlib import Path
 
 import cv2
+import gymnasium as gym
 import numpy as np
 import probes
 import pytest
@@ -114,14 +115,31 @@ def test_an_environment_that_cannot_draw_goes_without_videos(script, call, tmp_p
         assert err == "" and not (run / "videos").exists()
 
 
+@pytest.mark.parametrize(
+    "drawing", [None, [], np.zeros((9, 9, 3)), RuntimeError("no screen")], ids=["none", "list", "floats", "error"]
+)
+def test_an_environment_whose_drawing_fails_is_refused_at_once(drawing, script, call, tmp_path, capsys, monkeypatch):
+    def render(env):
+        if isinstance(drawing, Exception):
+            raise drawing
+        return drawing
+
+    monkeypatch.setattr(probes.Screen, "render", render)
+    flags = [*tiny(script), "--env", "probes:Screen-v0", "--run-dir", tmp_path / "run"]
+    assert call(script, *flags, "--capture-video") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("--capture-video cannot work: probes:Screen-v0 cannot draw itself (") and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_images_that_no_cnn_sees_are_told(script, monkeypatch, capsys):
     args = script.Args(env="probes:Screen-v0")
     script.set_up(args)
     assert "CNN" not in capsys.readouterr().out
-    channels_first = probes.Screen.observation_space.__class__(0, 255, (3, 96, 96), np.uint8)
-    monkeypatch.setattr(probes.Screen, "observation_space", channels_first)
-    script.set_up(args)
-    assert "--env probes:Screen-v0: a CNN sees only uint8 images of height x width x 1 " in capsys.readouterr().out
+    for shape in ((3, 96, 96), (96, 96)):  # channels first, and none
+        monkeypatch.setattr(probes.Screen, "observation_space", gym.spaces.Box(0, 255, shape, np.uint8))
+        script.set_up(args)
+        assert "--env probes:Screen-v0: a CNN sees only uint8 images of height x width x 1 " in capsys.readouterr().out
 
 
 def test_a_runs_folder_stands_for_its_best_checkpoint(script, call, tmp_path, monkeypatch):
@@ -692,27 +710,36 @@ def test_an_environment_that_raises_ends_with_a_sentence(script, call, tmp_path,
     assert state["global_step"] == whole.get(script.SCRIPT, 192)  # 6 rollouts of 16 steps; the 100th step raised
 
 
-def test_nan_ends_with_a_sentence_and_keeps_good_weights(script, call, tmp_path, capsys):
-    run = tmp_path / "run"
-    assert (
-        call(
-            script,
-            *tiny(script),
-            "--env",
-            "probes:NotANumber-v0",
-            "--total-timesteps",
-            640,
-            "--run-dir",
-            run,
-            "--save-every",
-            80,
-        )
-        == 1
-    )
-    assert "no longer finite" in capsys.readouterr().out
+@pytest.mark.parametrize("where", ["reward", "observation"])
+def test_what_an_environment_returns_must_be_numbers(where, script, call, tmp_path, capsys, monkeypatch):
+    step = probes.NotANumber.step
+    if where == "observation":
+        monkeypatch.setattr(probes.NotANumber, "step", lambda env, a: ((o := step(env, a))[0] * o[1], 1.0, *o[2:]))
+    run, flags = tmp_path / "run", ["--env", "probes:NotANumber-v0", "--total-timesteps", 640, "--save-every", 80]
+    assert call(script, *tiny(script), *flags, "--run-dir", run) == 1
+    assert "The run failed (a reward or an observation of the environment is not finite)" in capsys.readouterr().out
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     kept = {"reinforce": 0, "reinforce_baseline": 0}  # the first batch of episodes is not over
-    kept |= {"dreamerv3": 200}  # which looks at every reward before it goes into the replay
-    assert state["global_step"] == kept.get(script.SCRIPT, 160)  # the last one saved
+    kept |= {"actor_critic": 198, "dreamerv3": 198}  # 99 steps of each were taken
+    assert state["global_step"] == kept.get(script.SCRIPT, 192)  # 6 rollouts of 16 steps
     assert all(value.isfinite().all() for value in weights(run).values())
     assert np.isfinite(list(state.get("scaler", {}).values())).all()
+
+
+def test_a_loss_that_is_no_number_ends_with_a_sentence_and_good_weights(script, call, tmp_path, capsys, monkeypatch):
+    run, update, calls = tmp_path / "run", script.update, []
+
+    def broken(agent, *rest, **more):
+        calls.append(agent)
+        figures = update(agent, *rest, **more)
+        if len(calls) == 3:
+            next(agent.parameters()).data.fill_(math.nan)
+            figures["losses/policy_loss"] = torch.tensor(math.nan)
+        return figures
+
+    monkeypatch.setattr(script, "update", broken)
+    flags = ["--total-timesteps", 640, "--save-every", 1, "--eval-every", 0]
+    assert call(script, *tiny(script), *flags, "--run-dir", run) == 1
+    assert "no longer finite; try a smaller --learning-rate); all is kept" in capsys.readouterr().out
+    assert len(calls) >= 3 and torch.load(run / "checkpoint.pt", weights_only=True)["global_step"] > 0
+    assert all(value.isfinite().all() for value in weights(run).values())
