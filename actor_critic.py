@@ -235,7 +235,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     if isinstance(env.unwrapped, NESEnv) and env.action_space == NESEnv.action_space:
         env = JoypadSpace(env, SIMPLE_MOVEMENT)
     for what, kind in (("action", gym.spaces.Discrete), ("observation", gym.spaces.Box)):
-        if not isinstance(space := getattr(env, f"{what}_space", None), kind):
+        space = getattr(env, f"{what}_space", None)
+        if not isinstance(space, kind):
             remedy = f"{SCRIPT}.py needs {kind.__name__}, and dreamerv3.py takes Box actions and Dict observations, too"
             fail(f"--env {env_id} cannot work: its {what} space is {space}; {remedy}.")
     shape = env.observation_space.shape
@@ -440,7 +441,8 @@ def evaluate(agent: Agent, envs: Envs, episodes: int, seed: int, video: Path | N
             video = writer = None
     figures = {"eval/episodes": float(episodes)}
     for name in results[0]:
-        column, name = np.array([episode[name] for episode in results]), name.removeprefix("episodic_")
+        column = np.array([episode[name] for episode in results])
+        name = name.removeprefix("episodic_")
         figures |= {f"eval/{name}_{f}": float(getattr(column, f)()) for f in ("mean", "std", "max")}
     if "eval/flag_mean" in figures:
         figures["eval/flag_rate"] = figures["eval/flag_mean"]

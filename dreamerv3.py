@@ -340,9 +340,11 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         fail(f"--env {env_id} cannot be made; {type(error).__name__} says: {error}")
     if isinstance(env.unwrapped, NESEnv) and env.action_space == NESEnv.action_space:
         env = JoypadSpace(env, SIMPLE_MOVEMENT)
-    if not isinstance(space := getattr(env, "action_space", None), (gym.spaces.Discrete, gym.spaces.Box)):
+    space = getattr(env, "action_space", None)
+    if not isinstance(space, (gym.spaces.Discrete, gym.spaces.Box)):
         fail(f"--env {env_id} cannot work; {SCRIPT}.py needs a Discrete or Box space where it has {space}.")
-    if not getattr(space := getattr(env, "observation_space", None), "is_np_flattenable", False):
+    space = getattr(env, "observation_space", None)
+    if not getattr(space, "is_np_flattenable", False):
         fail(f"--env {env_id} cannot work; {SCRIPT}.py needs a Box or Dict space of fixed size where it has {space}.")
     return Senses(env)
 
@@ -949,7 +951,8 @@ class LaProp(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> torch.Tensor:
         """One update -> the norm of the gradient, before any clipping."""
-        group, rate, step = self.param_groups[0], self.rate, self.state[self.first]["step"].add_(1)
+        group, rate = self.param_groups[0], self.rate
+        step = self.state[self.first]["step"].add_(1)
         params, (beta1, beta2) = group["params"], group["betas"]
         grads = [p.grad for p in params]
         squares, momenta = ([self.state[p][name] for p in params] for name in ("square", "momentum"))
@@ -969,7 +972,8 @@ class LaProp(torch.optim.Optimizer):
 def update(agent: Agent, optimizer: LaProp, args: Args, columns: dict, rows, streams) -> dict:
     """One gradient step of everything, on the windows of the replay's columns at rows (T + 1, B) and streams (1, B) ->
     losses. The latent states found on the way replace those in the columns."""
-    batch, rate = {name: column[rows, streams] for name, column in columns.items()}, optimizer.rate
+    rate = optimizer.rate
+    batch = {name: column[rows, streams] for name, column in columns.items()}
     batch["last"][:-1] |= batch["first"][1:]  # an episode that an interrupted run has left
     with agent.autocast():
         deter, stoch, posteriors = observe(agent, batch)
@@ -1087,7 +1091,8 @@ def evaluate(agent: Agent, envs: Envs, episodes: int, seed: int, video: Path | N
             video = writer = None
     figures = {"eval/episodes": float(episodes)}
     for name in results[0]:
-        column, name = np.array([episode[name] for episode in results]), name.removeprefix("episodic_")
+        column = np.array([episode[name] for episode in results])
+        name = name.removeprefix("episodic_")
         figures |= {f"eval/{name}_{f}": float(getattr(column, f)()) for f in ("mean", "std", "max")}
     if "eval/flag_mean" in figures:
         figures["eval/flag_rate"] = figures["eval/flag_mean"]
@@ -1479,7 +1484,8 @@ def main() -> None:
     to_device = functools.partial(torch.as_tensor, device=device)
     learn = functools.partial(update, agent, optimizer, args, replay.columns)
     learn = Captured(learn) if args.compile and device.type == "cuda" else learn
-    rewards, (first, last, terminal) = np.zeros(args.num_envs, np.float32), np.zeros((3, args.num_envs), bool)
+    rewards = np.zeros(args.num_envs, np.float32)
+    first, last, terminal = np.zeros((3, args.num_envs), bool)
 
     with Run(args, state, device, learn_threads, agent=agent, optimizer=optimizer, replay=replay) as run:
         # flags win over what a checkpoint brought

@@ -269,7 +269,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     if isinstance(env.unwrapped, NESEnv) and env.action_space == NESEnv.action_space:
         env = JoypadSpace(env, SIMPLE_MOVEMENT)
     for what, kind in (("action", gym.spaces.Discrete), ("observation", gym.spaces.Box)):
-        if not isinstance(space := getattr(env, f"{what}_space", None), kind):
+        space = getattr(env, f"{what}_space", None)
+        if not isinstance(space, kind):
             remedy = f"{SCRIPT}.py needs {kind.__name__}, and dreamerv3.py takes Box actions and Dict observations, too"
             fail(f"--env {env_id} cannot work: its {what} space is {space}; {remedy}.")
     shape = env.observation_space.shape
@@ -499,7 +500,8 @@ def evaluate(agent: Agent, envs: Envs, episodes: int, seed: int, video: Path | N
             video = writer = None
     figures = {"eval/episodes": float(episodes)}
     for name in results[0]:
-        column, name = np.array([episode[name] for episode in results]), name.removeprefix("episodic_")
+        column = np.array([episode[name] for episode in results])
+        name = name.removeprefix("episodic_")
         figures |= {f"eval/{name}_{f}": float(getattr(column, f)()) for f in ("mean", "std", "max")}
     if "eval/flag_mean" in figures:
         figures["eval/flag_rate"] = figures["eval/flag_mean"]
@@ -868,7 +870,8 @@ def main() -> None:
     obs = torch.zeros((*shape, *envs.obs.shape[1:]), dtype=torch.as_tensor(envs.obs).dtype, device=device)
     actions = torch.zeros(shape, dtype=torch.int64, device=device)
     log_probs, values, final_values = torch.zeros((3, *shape), device=device)
-    rewards, (terminated, truncated) = np.zeros(shape, np.float32), np.zeros((2, *shape), bool)
+    rewards = np.zeros(shape, np.float32)
+    terminated, truncated = np.zeros((2, *shape), bool)
 
     with Run(args, state, device, learn_threads, agent=agent, optimizer=optimizer, scaler=scaler) as run:
         envs.reset([args.seed, 0, run.global_step])  # a resumed run meets new episodes
