@@ -243,7 +243,8 @@ CHOICES = {  # what differs from PPO's default flags: the runs of 300,000 steps
     "`--update-epochs 1`": ("1__300k_1epoch",),
     "`--clip-coef 1e9`, no clip": ("1__300k_no_clip",),
     "`--ent-coef 0`": ("1__300k_no_entropy",),
-    "`--learning-rate 5e-4`": ("1__300k_lr5e-4",),
+    "`--gae-lambda 1`": ("1__300k_lambda1",),
+    "`--learning-rate 5e-4`": ("1__300k_lr5e-4", "2__300k_lr5e-4"),
 }
 
 
