@@ -32,6 +32,7 @@ of the result.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -42,7 +43,7 @@ import sys
 import tempfile
 import threading
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -349,7 +350,10 @@ def main() -> None:
             print(f"round {repeat + 1}: {name}: {results[name][-1][0]:,.0f} steps/s", file=sys.stderr)
 
     packages = ("torch", "gymnasium", "nes-py", "stable-baselines3", "sb3-contrib", "sheeprl")
-    versions = {"python": platform.python_version()} | {package: version(package) for package in packages}
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):  # DreamerV3 on a GPU needs no peer
+            versions[package] = version(package)
     print(f"{machine['cores']} x {machine['cpu']}, load before the first round: {machine['load before']:.1f}")
     print(", ".join(f"{name} {number}" for name, number in versions.items()) + "\n")
     if chosen:
