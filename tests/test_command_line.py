@@ -115,10 +115,13 @@ def test_an_environment_that_cannot_draw_goes_without_videos(script, call, tmp_p
         assert err == "" and not (run / "videos").exists()
 
 
+@pytest.mark.parametrize("name", ["ppo", "dreamerv3"])
 @pytest.mark.parametrize(
     "drawing", [None, [], np.zeros((9, 9, 3)), RuntimeError("no screen")], ids=["none", "list", "floats", "error"]
 )
-def test_an_environment_whose_drawing_fails_is_refused_at_once(drawing, script, call, tmp_path, capsys, monkeypatch):
+def test_an_environment_whose_drawing_fails_is_refused_at_once(drawing, name, call, tmp_path, capsys, monkeypatch):
+    script = importlib.import_module(name)
+
     def render(env):
         if isinstance(drawing, Exception):
             raise drawing
