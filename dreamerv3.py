@@ -1443,6 +1443,8 @@ def set_up(args: Args) -> tuple[torch.device, Envs, Agent]:
         print("--cuda: no CUDA device was found; going on with the CPU.")
     elif not args.cuda and torch.cuda.is_available():
         print("A CUDA device was found; --cuda would use it.")
+    elif args.cuda and not (args.compile or args.evaluate):
+        print("--compile would make updates on this device many times faster, after minutes of compiling.")
     torch.manual_seed(args.seed)
     envs = Envs(args.env, 1 if args.evaluate else args.num_envs, args.num_threads)
     flat = [space for space in envs.envs[0].vectors.values() if space.dtype == np.uint8 and len(space.shape) > 1]

@@ -29,15 +29,17 @@ def test_a_run_on_the_device_is_the_run_on_the_cpu(script, env, call, tmp_path):
 
 
 @ENVS
-def test_a_recorded_update_is_the_update(env, call, tmp_path, monkeypatch):
+def test_a_recorded_update_is_the_update(env, call, tmp_path, monkeypatch, capsys):
     """DreamerV3 as a CUDA graph: recorded once and repeated, after a resumption too, it takes the same steps."""
     script, recorded, begin = importlib.import_module("dreamerv3"), [], pretend.Recorder.__init__
     monkeypatch.setattr(pretend.Recorder, "__init__", lambda self: recorded.append(self) or begin(self))
     flags = [*short("dreamerv3"), "--env", env, "--eval-every", 0, "--save-every", 0, "--cuda"]
     flags += ["--train-ratio", 8]  # two updates a step: the figures of the first must outlive the second
     for name, more in (("eager", []), ("graph", ["--compile"])):
+        capsys.readouterr()
         with pretend.device():
             assert call(script, *flags, *more, "--total-timesteps", 24, "--run-dir", tmp_path / name) == 0
+            assert ("--compile would make" in capsys.readouterr().out) == (not more)
             assert call(script, "--resume", tmp_path / name, "--total-timesteps", 40) == 0
     assert len(recorded) == 2 and all(recorder.operations for recorder in recorded)
     assert_same(weights(tmp_path / "eager"), weights(tmp_path / "graph"))
