@@ -244,7 +244,10 @@ CHOICES = {  # what differs from PPO's default flags: the runs of 300,000 steps
     "`--clip-coef 1e9`, no clip": ("1__300k_no_clip",),
     "`--ent-coef 0`": ("1__300k_no_entropy",),
     "`--gae-lambda 1`": ("1__300k_lambda1",),
+    "`--no-norm-adv`": ("1__300k_no_norm_adv",),
     "`--learning-rate 5e-4`": ("1__300k_lr5e-4", "2__300k_lr5e-4"),
+    "`--learning-rate 1e-3`": ("1__300k_lr1e-3", "2__300k_lr1e-3"),
+    "`--learning-rate 2e-3`": ("1__300k_lr2e-3",),
 }
 
 

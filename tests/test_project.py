@@ -252,7 +252,10 @@ def test_figures_in_the_prose_are_what_was_recorded():
         return f"{x(f'ppo__{name}', 1e9):,}", sum(flags[-100:]), sum(flags)
 
     planned, *halved = (trial(name) for name in ("1__300k", "1__1M", "2__1M"))
-    faster = list(zip(*(trial(f"{seed}__300k_lr5e-4") for seed in "12"), strict=True))
+    faster, fastest = (
+        list(zip(*(trial(f"{seed}__300k_lr{size}") for seed in "12"), strict=True)) for size in ("5e-4", "1e-3")
+    )
+    soon = [with_flags(f"ppo__{seed}__300k_lr1e-3", 50)["global_step"] for seed in "12"]
     sooner, almost = ([with_flags(f"ppo__{seed}__1M", count)["global_step"] for seed in "12"] for count in (50, 95))
     fell = [[row for row in run(f"ppo__{seed}")[1] if row.get("eval/flag_rate", 1) < 0.95][-1] for seed in "12"]
     fell = [(f"{row['eval/flag_rate'] * 100:.0f} %", f"step {row['global_step']:,}") for row in fell]
@@ -335,6 +338,8 @@ def test_figures_in_the_prose_are_what_was_recorded():
         f"(planned for 300,000 steps, seed 1 ended at a mean x of {planned[0]}, with {planned[1]} flags)",
         f"mean x {planned[0]}, {planned[1]} flags in the last 100 episodes, {planned[2]} in all |",
         "mean x {} and {}, {} and {} flags in the last 100 episodes, {} and {} in all: better".format(*sum(faster, ())),
+        "1e-3: mean x {} and {}, {} and {} flags in the last 100 episodes, {} and {} in all;".format(*sum(fastest, ())),
+        f"after {soon[0]:,} and {soon[1]:,} steps, {fastest[1][0]} and {fastest[1][1]} of the last 100.",
         f"the flag after {sooner[0]:,} and {sooner[1]:,} steps (with 2 million: {halves[0]['global_step']:,} and "
         f"{halves[1]['global_step']:,}), 95 of 100 after {almost[0] / 1e6:.2f} and {almost[1] / 1e6:.2f} million, and "
         f"the last 100 episodes have {halved[0][1]} and {halved[1][1]} flags.",
