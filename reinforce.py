@@ -455,8 +455,8 @@ def eval_envs(args: Args) -> Envs:
     """The environments of an evaluation; the first one draws if videos are wanted."""
     envs = Envs(args.env, min(args.eval_episodes, 16), args.num_threads, "rgb_array" if args.capture_video else None)
     if args.capture_video:
-        envs.reset(args.seed)
         try:
+            envs.reset(args.seed)
             frame = envs.envs[0].render()
             if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.shape[2:] == (3,)):
                 raise TypeError("render() returned no uint8 image of height x width x 3")
