@@ -106,6 +106,7 @@ import logging
 import math
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -1411,7 +1412,8 @@ class Run:
         self.bar.update(self.global_step - self.bar.n)
         self.bar.close()
         self.file.close()
-        script, folder = (subprocess.list2cmdline([path]) for path in (sys.argv[0], str(self.dir)))  # spaces quoted
+        quote = subprocess.list2cmdline if os.name == "nt" else shlex.join
+        script, folder = quote([sys.argv[0]]), quote([str(self.dir)])
         command = f"{'uv run' if 'UV' in os.environ else 'python'} {script}"
         kept = load(self.dir / "checkpoint.pt")["global_step"]
         lines = [f"The run {ending}; all is kept in {self.dir} as of step {kept:,}."]

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import signal
 import struct
 import subprocess
@@ -431,10 +432,11 @@ def test_who_stops_the_last_evaluation_is_not_told_to_resume(script, call, tmp_p
         raise KeyboardInterrupt
 
     monkeypatch.setattr(script, "evaluate", stopped)
-    run = tmp_path / "run"
+    run = tmp_path / "Mario's;$HOME"  # for a shell what is printed is one word
     assert call(script, *tiny(script), "--eval-every", 0, "--run-dir", run) == 130
     out = capsys.readouterr().out
-    assert "Continue it" not in out and f"--evaluate {run}" in out
+    assert "Continue it" not in out
+    assert shlex.split(out.partition("Watch it: ")[2])[-3:] == ["--evaluate", str(run), "--capture-video"]
     assert torch.load(run / "checkpoint.pt", weights_only=True)["global_step"] == metrics(run)[-1]["global_step"]
 
 
@@ -523,7 +525,7 @@ def test_ctrl_c_takes_the_reader_of_a_pipe_along(tmp_path):
     with process.stderr:
         err = process.stderr.read()
     assert process.wait(timeout=300) == 130 and "Traceback" not in err and "Exception" not in err
-    assert f'--resume "{run}"\n' in err and f'--evaluate "{run}" --capture-video\n' in err
+    assert f"--resume '{run}'\n" in err and f"--evaluate '{run}' --capture-video\n" in err
     assert not (run / "error.txt").exists()
 
 
