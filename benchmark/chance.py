@@ -2,7 +2,8 @@
 # requires-python = ">=3.13,<3.14"  # Box2D has no wheels for 3.14 yet, nes-py none for 3.15
 # dependencies = [
 #     "torch>=2.8,<3",
-#     "gymnasium[box2d,classic-control]>=1.2.3,<2",
+#     "gymnasium[classic-control]>=1.2.3,<2",
+#     "gymnasium[box2d]>=1.2.3,<2; platform_machine != 'aarch64'",  # Box2D has no wheels for Linux on ARM
 #     "gym-super-mario-bros>=9,<10",
 #     "numpy>=2.1,<3",
 #     "opencv-python-headless>=4.11,<6",
