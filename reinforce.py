@@ -568,7 +568,8 @@ class Run:
             fail(f"--resume {self.dir} cannot work while that run is still going on; stop it first.")
         whole = min(state.get("metrics_bytes", 0), self.file.tell())
         self.file.seek(self.file.truncate(whole))  # what followed is played again
-        self.wandb, self.wandb_id = None, state.get("wandb_id")
+        name = Path(state.get("args", {}).get("run_dir", "")).name  # a copy is tracked as a run of its own
+        self.wandb, self.wandb_id = None, state.get("wandb_id") if name == self.dir.name else None
         if args.track:
             import wandb
 

@@ -11,6 +11,7 @@ import random
 import re
 import resource
 import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -197,6 +198,21 @@ def test_every_tracked_number_is_in_the_file_and_every_video_is_sent(script, cal
     assert asked["project"] == "p" and asked["config"]["env"] == "probes:Screen-v0"
     assert asked["exit_code"] == 0 and asked["handlers"] == {signal.SIG_DFL}
     assert asked["mode"] == "offline"  # no key, no terminal: no question
+
+
+def test_a_resumed_run_is_tracked_further_and_its_copy_anew(ppo, call, tmp_path, monkeypatch):
+    asked, tracker = [], types.SimpleNamespace(id="abc", define_metric=lambda *_, **__: None)
+    tracker.log, tracker.finish = lambda _: None, lambda exit_code: None
+    fake = types.SimpleNamespace(init=lambda **flags: asked.append(flags["id"]) or tracker, Error=RuntimeError)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = tmp_path / "run"
+    assert call(ppo, *tiny(ppo), "--track", "--run-dir", run) == 0
+    assert call(ppo, "--resume", run, "--total-timesteps", 256, "--no-track") == 0
+    shutil.copytree(run, tmp_path / "copy")
+    assert call(ppo, "--resume", run, "--total-timesteps", 320, "--track") == 0
+    assert call(ppo, "--resume", tmp_path / "copy", "--total-timesteps", 320, "--track") == 0
+    assert asked == [None, "abc", None]
 
 
 def test_a_project_that_wandb_refuses_gets_a_sentence(ppo, tmp_path):
