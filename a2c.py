@@ -106,7 +106,7 @@ class Args:
     env: str = "SuperMarioBros-1-1-v0"  # Gymnasium id; package.module:Id-v0 imports the module first
     seed: int = 1  # seed of the network, the actions and the environments
     cuda: bool = False  # compute on the GPU, if there is one
-    total_timesteps: int = 2_000_000  # agent steps to train for, all environments together
+    total_timesteps: int = 1_000_000  # agent steps to train for, all environments together
     num_envs: int = 16  # environments played in parallel
     num_threads: int = 0  # threads that step them; 0: one more than cores for images, one for vectors
     learning_rate: float = 7e-4  # step size of the optimiser

@@ -112,7 +112,7 @@ def mario(mode: str):
 def mario_ppo(mode: str):
     """PPO's long run: how far, and how often to the flag."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(6.5, 3.2))
-    points = np.linspace(10_000, 2_000_000, 200)
+    points = np.linspace(10_000, 1_000_000, 200)
     runs = recorded(MARIO, "ppo")
     draw(left, runs, "charts/x_pos", points, "ppo")
     draw(right, runs, "charts/flag", points, "ppo")
