@@ -373,7 +373,7 @@ def test_figures_in_the_prose_are_what_was_recorded():
         f"in 300,000, where random buttons come to {statistics.mean(chance):.0f}.",
         f"little above what random buttons give ({statistics.mean(chance):.0f})",
         f"On Mario {clipped[0]:.0f} and {clipped[1]:.0f} % of all ratios (two seeds) were outside.",
-        f"It takes {steps[1][0] / 1e6:.2f} (seed 1) and {steps[1][1] / 1e6:.2f} million steps (seed 2) of real play until",
+        f"It takes {steps[1][0] / 1e6:.2f} (seed 1) and {steps[1][1] / 1e6:.2f} million steps (seed 2) of real play",
         f"otherwise with the same flags, stopped at step {end:,}:",
         f"The mean x of {came_to:,.0f} that it had reached in the end took seed 1 with ratio 64 {times[0]} as many "
         f"steps, but no more minutes ({minutes_of[0]}, against {own:.0f}), and PPO {times[1]} and {times[2]} as many, "
