@@ -395,7 +395,7 @@ def test_figures_in_the_prose_are_what_was_recorded():
         f"seed 2 at its best, {as_well[0] / second[-1]['global_step']:.1f} and "
         f"{as_well[1] / second[-1]['global_step']:.1f} times as many as when that was stopped;",
         f"`dreamerv3.py` got as far as {stopped:,} and {halted:,} steps,",
-        "it was {} and {}, {} and {}, {} and {} times: half".format(*slow_ppo),
+        "it was {} and {}, {} and {}, {} and {} times; so".format(*slow_ppo),
         f"Where seed 1 was stopped, at step {stopped:,}, the mean x of the last 100 episodes was {reached:,.0f}, and "
         f"one episode had reached the flag, at step {flags[0]:,}.",
         f"as far after {as_far[0]['global_step']:,} and {as_far[1]['global_step']:,} steps, but in "
