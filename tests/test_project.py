@@ -385,8 +385,8 @@ def test_figures_in_the_prose_are_what_was_recorded():
         f"{x('reinforce__1', 3e5)} and {x('reinforce__2', 3e5)} without, and {flagged[1]} flags against {flagged[0]};",
         f"the baseline holds out ({x('reinforce_baseline__1__lr1e-3', 3e5)})",
         f"the first goomba (x = {x('reinforce__1__lr1e-3', 3e5)})",
-        f"a mean x of {x('a2c__1__300k_lr3e-3', 3e5)}, and of {x('a2c__1__300k_lr3e-3_32steps', 3e5)} with rollouts of 32 "
-        f"steps as well, against {x('a2c__1', 3e5)} and {x('a2c__2', 3e5)} in the table.",
+        f"a mean x of {x('a2c__1__300k_lr3e-3', 3e5)}, and of {x('a2c__1__300k_lr3e-3_32steps', 3e5)} with rollouts of "
+        f"32 steps as well, against {x('a2c__1', 3e5)} and {x('a2c__2', 3e5)} in the table.",
         f"actor-critic had {x('actor_critic__1', 12e4)} and {x('actor_critic__2', 12e4)} after 120,000 steps",
         f"it falls to {x('actor_critic__1', 3e5)} and {x('actor_critic__2', 3e5)}: {froze[0]} and {froze[1]} of the "
         "last 100 episodes end at the first goomba.",
