@@ -378,7 +378,7 @@ class Envs:
 
     def keep(self, rows: dict, i: int, obs: dict) -> None:
         for sense, value in obs.items():
-            rows[sense][i] = np.reshape(value, rows[sense].shape[1:])  # a wrong shape shall not be broadcast
+            rows[sense][i] = np.asarray(value).reshape(rows[sense].shape[1:])  # a wrong shape shall not be broadcast
 
     def step(self, actions: list, rows=None) -> None:
         """Step the environments in `rows` (default: all) with their actions, one per environment."""

@@ -303,13 +303,13 @@ class Envs:
         """Step the environments in `rows` (default: all) with their actions, one per environment."""
         self.finished = {}
         deque(self.map(self.step_one, range(len(self.envs)) if rows is None else rows, actions), maxlen=0)
-        if not all(np.isfinite(figures).all() for figures in (self.rewards, 0 if self.image else self.obs)):
+        if not (np.isfinite(self.rewards).all() and (self.image or np.isfinite(self.obs).all())):
             raise FloatingPointError("a reward or an observation of the environment is not finite")
 
     def step_one(self, i: int, action: int) -> None:
         try:
             obs, reward, terminated, truncated, info = self.envs[i].step(action + self.first_action)
-            self.obs[i] = np.reshape(obs, self.obs.shape[1:])  # a wrong shape shall not be broadcast
+            self.obs[i] = np.asarray(obs).reshape(self.obs.shape[1:])  # a wrong shape shall not be broadcast
             self.rewards[i] = reward
             self.terminated[i], self.truncated[i] = terminated, truncated and not terminated
             self.returns[i] += reward
