@@ -816,8 +816,9 @@ def set_up(args: Args) -> tuple[torch.device, Envs, Agent]:
     agent = Agent(envs.obs.shape[1:], envs.num_actions, envs.image, dtype)
     agent.to(device, memory_format=torch.channels_last if envs.image else torch.preserve_format)
     if args.compile:
-        logging.getLogger("torch._inductor").setLevel(logging.ERROR)  # what the compiler says is to its developers
-        warnings.filterwarnings("ignore", module=r"torch\._inductor")
+        for name in ("torch._inductor", "torch.utils.cpp_extension"):
+            logging.getLogger(name).setLevel(logging.ERROR)  # what the compiler says is to its developers
+        warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo)")
         agent.compile(mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
     return device, envs, agent
 

@@ -1469,8 +1469,9 @@ def set_up(args: Args) -> tuple[torch.device, Envs, Agent]:
             if mallopt(-3, 2**30) or mallopt(-3, 2**25):  # M_MMAP_THRESHOLD; older ones take no more than 32 MB
                 mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     if args.compile:
-        logging.getLogger("torch._inductor").setLevel(logging.ERROR)  # what the compiler says is to its developers
-        warnings.filterwarnings("ignore", module=r"torch\._inductor")
+        for name in ("torch._inductor", "torch.utils.cpp_extension"):
+            logging.getLogger(name).setLevel(logging.ERROR)  # what the compiler says is to its developers
+        warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo)")
         compile_parts(agent)
     return device, envs, agent
 
