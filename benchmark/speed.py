@@ -254,7 +254,7 @@ def dreamer(kind: str, size: str, sense: str, steps: str, cuda: str) -> None:
 
     env = MARIO if sense == "image" else "CartPole-v1"
     flags = {"env": env, "size": size, "cuda": cuda == "cuda", "compile": "--compile" in kind, "run_dir": "."}
-    args = dreamerv3.Args(total_timesteps=4096, **flags)
+    args = dreamerv3.Args(total_timesteps=4096, batch_size=16, batch_length=64, **flags)
     device, envs, agent = dreamerv3.set_up(args)
     trained = [p for p in agent.parameters() if p.requires_grad]
     optimizer = dreamerv3.LaProp(trained, args.learning_rate, args.warmup, args.agc)
