@@ -1,7 +1,8 @@
-"""A game of small things: can a model of the world see a ball of 4 x 4 pixels?
+r"""A game of small things: can a model of the world see a ball of 4 x 4 pixels?
 
     PYTHONPATH=benchmark uv run dreamerv3.py --env catch:Catch-v0 --total-timesteps 40000 --num-envs 8 --batch-size 8 \
-        --batch-length 32 --learning-rate 3e-4 --warmup 100 --eval-every 10000 --eval-episodes 100 --capture-video
+        --batch-length 32 --learning-rate 3e-4 --warmup 100 --ent-coef 3e-4 --eval-every 10000 --eval-episodes 100 \
+        --capture-video
 
 A ball falls from the top of a dark screen, 15 agent steps long; a paddle, three times as wide, moves below it. Catching
 the ball pays 1, missing it -1. In the video of the dream look for the ball.

@@ -17,9 +17,10 @@
 # [tool.uv]
 # override-dependencies = ["labmaze; python_version < '3.13'"]
 # ///
-"""DreamerV3 on the DeepMind Control Suite, where its authors have published their curves.
+r"""DreamerV3 on the DeepMind Control Suite, where its authors have published their curves.
 
-    uv run benchmark/dmc.py --env dmc/cartpole-swingup-v0 --num-envs 4 --train-ratio 512 --total-timesteps 30000
+    uv run benchmark/dmc.py --env dmc/cartpole-swingup-v0 --num-envs 4 --train-ratio 512 --total-timesteps 30000 \
+        --batch-size 16 --batch-length 64 --learning-rate 1.6e-4 --warmup 1000 --ent-coef 3e-4
 
 All flags are those of dreamerv3.py. The task is what the published runs saw: positions and velocities as vectors, each
 action for two of the simulator's steps, 500 actions to an episode, which a time limit cuts. Nothing can be drawn, so

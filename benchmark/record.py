@@ -221,6 +221,28 @@ def replayed_more(every: int = 5_000) -> str:
     return "\n".join(lines)
 
 
+def smaller_batches(every: int = 5_000) -> str:
+    """DreamerV3 on Mario with batches of 4 x 16 and of 8 x 32, beside PPO: the last 100 episodes of training; what
+    stands between slashes is one seed each."""
+    pairs = ("dreamerv3__{}__4x16_stopped", "dreamerv3__{}", "ppo__{}")
+    small, large, plays = [[load(RESULTS / f"{MARIO}__{name.format(seed)}") for seed in (1, 2)] for name in pairs]
+    heads = "agent steps|updates|8 x 32|image loss, seed 1 / 2|8 x 32|mean x|8 x 32|of PPO|minutes|8 x 32"
+    lines = [f"| {heads.replace('|', ' | ')} |", "|---" * 10 + "|"]
+
+    def cell(runs, key, step, count=1, form=",.0f", unit=1):
+        over = [step > rows[-1]["global_step"] for _, rows in runs]
+        figures = (latest(rows, key, step, count) / unit for _, rows in runs)
+        return " / ".join("-" if o else format(f, form) for o, f in zip(over, figures, strict=True))
+
+    for step in range(every, max(rows[-1]["global_step"] for _, rows in small) + 1, every):
+        figures = [f"{step:,}", *(updates(runs[0][0], step) for runs in (small, large))]
+        figures += [cell(runs, "losses/image", step, form=".1f") for runs in (small, large)]
+        figures += [cell(runs, "charts/x_pos", step, 100) for runs in (small, large, plays)]
+        figures += [cell(runs, "time", step, unit=60) for runs in (small, large)]
+        lines.append(f"| {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
 def nearer_view(every: int = 10_000) -> str:
     """DreamerV3 on Mario with PPO's discount and a larger entropy bonus, beside its own discount and PPO: the last 100
     episodes of training; what stands between slashes is one seed each."""
@@ -281,6 +303,7 @@ def tables() -> dict[str, str]:
     ppo = [path for path in folders if path.name.startswith(f"{MARIO}__ppo")]
     found |= {"Mario, PPO": mario_table(ppo), "Cartpole swing-up, DreamerV3": control_table()}
     found |= {"Mario, DreamerV3 beside PPO": dreams_of_mario(), "Mario, more replay": replayed_more()}
+    found |= {"Mario, smaller batches": smaller_batches()}
     found |= {"Mario, a nearer view": nearer_view(), "Mario, PPO's choices": choices_table()}
     return found | {"Catch": catch_table()}
 

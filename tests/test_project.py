@@ -469,6 +469,61 @@ def test_figures_beside_the_tables_are_what_was_recorded():
         assert sentence in prose, sentence
 
 
+def test_what_is_said_of_smaller_batches_is_what_was_recorded():
+    sys.path.append(str(ROOT / "benchmark"))
+    import record
+
+    def rows_of(name):  # of a run's folder
+        return record.load(record.RESULTS / name)[1]
+
+    def loss(name, step, key="image"):
+        return record.latest(rows_of(name), f"losses/{key}", step)
+
+    def far(rows, step=1e9):
+        return record.latest(rows, "charts/x_pos", step, 100)
+
+    def came_as_far(name, mean):
+        episodes = [row for row in rows_of(name) if "charts/x_pos" in row]
+        ends = range(100, len(episodes) + 1)
+        return next(episodes[i - 1] for i in ends if far(episodes[:i]) >= mean)
+
+    mario = "SuperMarioBros-1-1-v0__dreamerv3__"
+    small = [rows_of(f"{mario}{seed}__4x16_stopped") for seed in (1, 2)]
+    ends, x = [rows[-1] for rows in small], [far(rows) for rows in small]
+    first, second = (f"{mario}{seed}" for seed in (1, 2))
+    names = first, second, "SuperMarioBros-1-1-v0__ppo__1", "SuperMarioBros-1-1-v0__ppo__2"
+    others = [came_as_far(name, x[0]) for name in names]
+    times = [f"{other['global_step'] / ends[0]['global_step']:.1f}" for other in others]
+    minutes = [f"{other['time'] / 60:.0f}" for other in others]
+    faster, undecided, both = (
+        f"{mario}1__{name}_stopped" for name in ("lr5e-4", "lr1e-3_entropy", "4x16_lr1e-3_entropy")
+    )
+    ball = "catch-Catch-v0__dreamerv3__1__{}lr1e-3_stopped"
+    mean = [f"{far(rows_of(both), step):.0f}" for step in (10_000, 15_000)]
+    prose = " ".join(PAGES.split())
+    for sentence in (
+        f"seed 1 had come to a mean x of {x[0]:,.0f} when it was stopped, at step {ends[0]['global_step']:,}, after "
+        f"{ends[0]['time'] / 60:.0f} minutes on one core. With the flags above it took {times[0]} and {times[1]} times "
+        f"as many steps to come as far, and {minutes[0]} and {minutes[1]} minutes, PPO {times[2]} and {times[3]} times "
+        f"as many, and {minutes[2]} and {minutes[3]} minutes. Seed 2 was stopped at step {ends[1]['global_step']:,}, "
+        f"with a mean x of {x[1]:,.0f}: no better than before, though its last 50 episodes came to "
+        f"{record.latest(small[1], 'charts/x_pos', 1e9, 50):.0f}.",
+        f"the image loss is the same, {record.latest(small[0], 'losses/image', 5000):.1f} and "
+        f"{loss(first, 20_000):.1f}, with a quarter of the steps played.",
+        f"image loss {loss(faster, 9000):.1f} after 9,000 steps ({loss(first, 9000):.1f} and "
+        f"{loss(second, 9000):.1f} with the recorded runs' flags), entropy {loss(faster, 9000, 'entropy'):.2f} "
+        f"({loss(first, 9000, 'entropy'):.2f} and {loss(second, 9000, 'entropy'):.2f})",
+        f"image loss {loss(undecided, 10_000):.1f} after 10,000 steps ({loss(first, 10_000):.1f} and "
+        f"{loss(second, 10_000):.1f}), entropy {loss(undecided, 10_000, 'entropy'):.2f}",
+        f"image loss {loss(both, 10_000):.1f} and {loss(both, 15_000):.1f} after 10,000 and 15,000 steps, mean x "
+        f"{mean[0]} and {mean[1]};",
+        f"image loss {loss(ball.format(''), 6000):.2f} after 6,000 steps with batches of 8 x 32, "
+        f"{loss(ball.format('4x16_'), 3000):.2f} and {loss(ball.format('4x16_'), 4000):.2f} after 3,000 and 4,000 with "
+        "4 x 16",
+    ):
+        assert sentence in prose, sentence
+
+
 def test_figures_in_the_docstrings_are_what_was_recorded():
     sys.path.append(str(ROOT / "benchmark"))
     import record
@@ -507,7 +562,14 @@ def test_figures_in_the_docstrings_are_what_was_recorded():
     flags = [sum(row["charts/flag"] for row in run) for run in episodes]
     text = f"steps {dreams[0][-1]['global_step']:,} and {dreams[1][-1]['global_step']:,}: mean x = "
     text += f"{x[0]} and {x[1]} over the last 100 episodes, {flags[0]} and {flags[1]} flags in all"
-    assert text in " ".join(__import__("dreamerv3").__doc__.split()), text
+    doc = " ".join(__import__("dreamerv3").__doc__.split())
+    assert text in doc, text
+    small = [record.load(record.RESULTS / f"SuperMarioBros-1-1-v0__dreamerv3__{n}__4x16_stopped")[1] for n in "12"]
+    x = [f"{record.latest(rows, 'charts/x_pos', 1e9, 100):,.0f}" for rows in small]
+    ends = [rows[-1]["global_step"] for rows in small]
+    text = f"at steps {ends[0]:,} (after {small[0][-1]['time'] / 60:.0f} minutes on one core) and {ends[1]:,}: "
+    text += f"mean x = {x[0]} and {x[1]}, no flag."
+    assert text in doc and not any(row.get("charts/flag") for rows in small for row in rows), text
 
 
 def test_returns_of_sb3_on_lunar_lander_are_what_was_recorded():
