@@ -55,11 +55,12 @@ the critic learns to predict them, on dreams and, with weight 0.3, on the replay
 v_slow being that of a copy that follows it slowly, and the actor is REINFORCE with a baseline again, the second rung of
 this ladder, but in dreams, where trying is free:
 
-    (11) L_actor = -sg((R_k - v_k) / max(1, S)) ln pi(a_k | s_k) - 0.0003 H(pi)
+    (11) L_actor = -sg((R_k - v_k) / max(1, S)) ln pi(a_k | s_k) - eta H(pi)
 
-H is the entropy, S the range from the 5th to the 95th percentile of returns, averaged slowly over the updates: large
-returns are scaled down to about 1, so that one entropy weight fits all games, and small ones are left alone, so that
-noise is not blown up where nothing is paid yet. Steps after a likely end count less, by the product of the c so far.
+H is the entropy, eta its small weight (0.0003 in the paper), S the range from the 5th to the 95th percentile of
+returns, averaged slowly over the updates: large returns are scaled down to about 1, so that one entropy weight fits all
+games, and small ones are left alone, so that noise is not blown up where nothing is paid yet. Steps after a likely end
+count less, by the product of the c so far.
 
 Numbers of any size. Rewards and values may be 0.01 or 10,000. Instead of a number, the heads predict probabilities of
 255 bins, spaced as symexp(-20 ... 20), and learn by cross entropy (two-hot: a target lies between two bins and gives
