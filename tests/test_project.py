@@ -227,6 +227,14 @@ def test_the_gpu_speeds_of_the_readme_are_what_was_measured():
         assert README.count(row) == 1, row
 
 
+def first_as_far(rows, mean):
+    """The episode with which the mean x of the last 100 did."""
+    episodes = [row for row in rows if "charts/x_pos" in row]
+    ends = range(100, len(episodes) + 1)
+    far = (i for i in ends if statistics.mean(e["charts/x_pos"] for e in episodes[i - 100 : i]) >= mean)
+    return episodes[next(far) - 1]
+
+
 def test_figures_in_the_prose_are_what_was_recorded():
     sys.path.append(str(ROOT / "benchmark"))
     import record
@@ -238,11 +246,8 @@ def test_figures_in_the_prose_are_what_was_recorded():
     def x(name, step):  # over the last 100 episodes
         return round(statistics.mean([e["charts/x_pos"] for e in run(name)[0] if e["global_step"] <= step][-100:]))
 
-    def came_as_far(name, mean):  # the episode with which the last 100 did
-        episodes, _ = run(name)
-        ends = range(100, len(episodes) + 1)
-        far = (i for i in ends if statistics.mean(e["charts/x_pos"] for e in episodes[i - 100 : i]) >= mean)
-        return episodes[next(far) - 1]
+    def came_as_far(name, mean):
+        return first_as_far(run(name)[1], mean)
 
     def with_flags(name, count):  # the episode with which so many of the last 100 had reached the flag
         episodes, _ = run(name)
@@ -482,17 +487,12 @@ def test_what_is_said_of_smaller_batches_is_what_was_recorded():
     def far(rows, step=1e9):
         return record.latest(rows, "charts/x_pos", step, 100)
 
-    def came_as_far(name, mean):
-        episodes = [row for row in rows_of(name) if "charts/x_pos" in row]
-        ends = range(100, len(episodes) + 1)
-        return next(episodes[i - 1] for i in ends if far(episodes[:i]) >= mean)
-
     mario = "SuperMarioBros-1-1-v0__dreamerv3__"
     small = [rows_of(f"{mario}{seed}__4x16_stopped") for seed in (1, 2)]
     ends, x = [rows[-1] for rows in small], [far(rows) for rows in small]
     first, second = (f"{mario}{seed}" for seed in (1, 2))
     names = first, second, "SuperMarioBros-1-1-v0__ppo__1", "SuperMarioBros-1-1-v0__ppo__2"
-    others = [came_as_far(name, x[0]) for name in names]
+    others = [first_as_far(rows_of(name), x[0]) for name in names]
     times = [f"{other['global_step'] / ends[0]['global_step']:.1f}" for other in others]
     minutes = [f"{other['time'] / 60:.0f}" for other in others]
     faster, undecided, both = (
@@ -508,8 +508,11 @@ def test_what_is_said_of_smaller_batches_is_what_was_recorded():
         f"as many, and {minutes[2]} and {minutes[3]} minutes. Seed 2 was stopped at step {ends[1]['global_step']:,}, "
         f"with a mean x of {x[1]:,.0f}: no better than before, though its last 50 episodes came to "
         f"{record.latest(small[1], 'charts/x_pos', 1e9, 50):.0f}.",
-        f"the image loss is the same, {record.latest(small[0], 'losses/image', 5000):.1f} and "
-        f"{loss(first, 20_000):.1f}, with a quarter of the steps played.",
+        f"seed 1's is {record.latest(small[0], 'losses/image', 5000):.1f} after 4,700 updates (before: "
+        f"{loss(first, 20_000):.1f} after 4,800), {record.latest(small[0], 'losses/image', 10_000):.1f} after 9,700 "
+        f"({loss(first, 40_000):.1f} after 9,800).",
+        f"is {loss(both, 10_000):.1f} after 10,000 steps of Mario with batches of 4 x 16, "
+        f"{loss(undecided, 10_000):.1f} with 8 x 32,",
         f"image loss {loss(faster, 9000):.1f} after 9,000 steps ({loss(first, 9000):.1f} and "
         f"{loss(second, 9000):.1f} with the recorded runs' flags), entropy {loss(faster, 9000, 'entropy'):.2f} "
         f"({loss(first, 9000, 'entropy'):.2f} and {loss(second, 9000, 'entropy'):.2f})",
