@@ -243,6 +243,27 @@ def smaller_batches(every: int = 5_000) -> str:
     return "\n".join(lines)
 
 
+def larger_model(every: int = 5_000) -> str:
+    """DreamerV3 of size 12m on Mario, on a GPU, beside the smallest size and PPO on two cores and PPO on the same
+    machine: the last 100 episodes of training; what stands between slashes is one seed each."""
+    names = "dreamerv3__1__12m_gpu_stopped", "dreamerv3__1__4x16_stopped", "dreamerv3__2__4x16_stopped"
+    names += "ppo__1", "ppo__2", "ppo__1__300k_gpu"
+    configs, runs = zip(*(load(RESULTS / f"{MARIO}__{name}") for name in names), strict=True)
+    heads = (
+        "agent steps|updates|image loss|of 1m, seed 1 / 2|mean x|of 1m|of PPO|of the PPO beside it|minutes|of that PPO"
+    )
+    lines = [f"| {heads.replace('|', ' | ')} |", "|---" * 10 + "|"]
+    end = [row["global_step"] for row in runs[0] if "charts/x_pos" in row][-1]
+    for step in [*range(every, end, every), end]:
+        image = [f"{latest(rows, 'losses/image', step):.1f}" for rows in runs[:3]]
+        x = [f"{latest(rows, 'charts/x_pos', step, 100):,.0f}" for rows in runs]
+        minutes = [f"{latest(rows, 'time', step) / 60:.1f}" for rows in (runs[0], runs[-1])]
+        figures = [f"{step:,}", updates(configs[0], step), image[0], " / ".join(image[1:])]
+        figures += [x[0], " / ".join(x[1:3]), " / ".join(x[3:5]), x[5], *minutes]
+        lines.append(f"| {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
 def nearer_view(every: int = 10_000) -> str:
     """DreamerV3 on Mario with PPO's discount and a larger entropy bonus, beside its own discount and PPO: the last 100
     episodes of training; what stands between slashes is one seed each."""
@@ -303,7 +324,7 @@ def tables() -> dict[str, str]:
     ppo = [path for path in folders if path.name.startswith(f"{MARIO}__ppo")]
     found |= {"Mario, PPO": mario_table(ppo), "Cartpole swing-up, DreamerV3": control_table()}
     found |= {"Mario, DreamerV3 beside PPO": dreams_of_mario(), "Mario, more replay": replayed_more()}
-    found |= {"Mario, smaller batches": smaller_batches()}
+    found |= {"Mario, smaller batches": smaller_batches(), "Mario, a larger model": larger_model()}
     found |= {"Mario, a nearer view": nearer_view(), "Mario, PPO's choices": choices_table()}
     return found | {"Catch": catch_table()}
 

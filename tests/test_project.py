@@ -527,6 +527,70 @@ def test_what_is_said_of_smaller_batches_is_what_was_recorded():
         assert sentence in prose, sentence
 
 
+def test_what_is_said_of_training_on_a_gpu_is_what_was_recorded():
+    sys.path.append(str(ROOT / "benchmark"))
+    import record
+
+    mario, prose = "SuperMarioBros-1-1-v0__", " ".join(PAGES.split())
+    names = "dreamerv3__1__12m_gpu_stopped", "ppo__1__300k_gpu", "ppo__1", "ppo__2", "dreamerv3__1__4x16_stopped"
+    dream, beside, *plays, small = (record.load(record.RESULTS / f"{mario}{name}")[1] for name in names)
+    cpu = [record.load(record.RESULTS / f"{mario}ppo__{seed}__300k_lr1e-3")[1] for seed in "12"]
+
+    def flags(rows):  # the episodes that reached it, and how many of the last 100 did
+        episodes = [row for row in rows if "charts/flag" in row]
+        return [row for row in episodes if row["charts/flag"]], sum(row["charts/flag"] for row in episodes[-100:])
+
+    def rate(rows, begin, end):  # steps per second between updates
+        first, *_, last = (row for row in rows if "losses/loss" in row and begin <= row["global_step"] <= end)
+        return (last["global_step"] - first["global_step"]) / (last["time"] - first["time"])
+
+    end = [row for row in dream if "charts/x_pos" in row][-1]
+    begun, *_, updated = (row for row in dream if "losses/image" in row)
+    x, late = (record.latest(dream, "charts/x_pos", 1e9, count) for count in (100, 50))
+    others = [first_as_far(rows, x) for rows in [*plays, beside]]
+    times = [f"{other['global_step'] / end['global_step']:.1f}" for other in others]
+    minutes = [other["time"] / 60 for other in others]
+    printed = json.loads((record.RESULTS / "evaluations.json").read_text())["--eval-episodes 100 --seed 123"]
+    line = printed["SuperMarioBros-1-1-v0__dreamerv3__1__12m_gpu_stopped/checkpoint.pt"]
+    reached, far, spread = map(int, re.search(r"flag (\d+)%, x (\d+) \+- (\d+)", line).groups())
+    played = [first_as_far(rows, far)["global_step"] / 34_850 for rows in plays]
+    found = [row["charts/flag"] for row in beside if "charts/flag" in row]
+    half = [row for row in beside if "charts/flag" in row]
+    half = half[next(i for i in range(100, len(half) + 1) if sum(found[i - 100 : i]) >= 50) - 1]
+    images = record.latest(dream, "losses/image", 1e9), record.latest(small, "losses/image", end["global_step"])
+    assert beside[-1]["eval/episodes"] == 20 and len(flags(dream)[0]) == 3
+    for sentence in (
+        f"the mean x of its last 100 episodes was {x:,.0f} at step {end['global_step']:,}: PPO's two seeds needed "
+        f"**{times[0]} and {times[1]} times** as many steps for that.",
+        f"{end['time'] / 60:.1f} minutes, {begun['time'] / 60:.1f} of them to compile and to play the first 1,000 "
+        f"steps, then {rate(dream, 1000, 1e9):.0f} updates/s.",
+        f"the image loss came to {images[0]:.1f}, where that of the smallest was {images[1]:.1f} after about as many",
+        f"The first of three flags came at step {flags(dream)[0][0]['global_step']:,}, the mean x of the last 50 "
+        f"episodes was {late:,.0f}, and the last checkpoint reached the flag in {reached} of 100 further episodes, "
+        f"with a mean x of {far:,}, which PPO's seeds had in training after {played[0]:.1f} and {played[1]:.1f} times "
+        "as many steps.",
+        f"PPO, beside it on the same machine, took {minutes[2]:.1f} for a mean x of {x:,.0f}, and after 300,000 steps "
+        f"and {beside[-1]['time'] / 60:.1f} minutes {flags(beside)[1]} of its last 100 episodes had reached the flag.",
+        f"The mean x of {x:,.0f} took PPO's recorded seeds {times[0]} and {times[1]} times as many steps, in "
+        f"{minutes[0]:.0f} and {minutes[1]:.0f} minutes, and the one beside it {times[2]} times as many, in "
+        f"{minutes[2]:.1f}.",
+        f"100 further episodes (`--seed 123`): {reached} flags, mean x {far:,} ± {spread}. Model,",
+        f"Between steps {begun['global_step']:,} and {updated['global_step']:,} it made {rate(dream, 0, 1e9):.1f} "
+        "updates/s,",
+        f"took {beside[-1]['time'] / 60:.1f} minutes, {rate(beside, 4000, 150_000):.0f} steps/s in the first half, "
+        f"{rate(beside, 200_000, 3e5):.0f} in the last third. Half of the episodes reached the flag after "
+        f"{half['global_step']:,} steps and {half['time'] / 60:.1f} minutes, {flags(beside)[1]} of the last 100, with "
+        f"a mean x of {record.latest(beside, 'charts/x_pos', 1e9, 100):,.0f}; the last policy "
+        f"{beside[-1]['eval/flag_rate'] * 20:.0f} of 20 (evaluated at the end). The two runs of 300,000 steps on a CPU "
+        f"with this step size had {flags(cpu[0])[1]} and {flags(cpu[1])[1]}.",
+    ):
+        assert sentence in prose, sentence
+    doc = " ".join(__import__("dreamerv3").__doc__.split())
+    text = f"after {end['time'] / 60:.1f} minutes: mean x = {x:,.0f} over the last 100 episodes, 3 flags in all; the "
+    text += f"last checkpoint reached the flag in {reached} of 100 episodes. PPO needs {times[0]} and {times[1]} times"
+    assert text in doc, text
+
+
 def test_figures_in_the_docstrings_are_what_was_recorded():
     sys.path.append(str(ROOT / "benchmark"))
     import record
