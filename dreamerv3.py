@@ -71,8 +71,8 @@ to know what varies by 0.1 costs only 0.01 of (8), so a larger unit can help the
 --size scales the networks, --train-ratio says how often each step is replayed. In the paper one set of hyperparameters
 serves all: --batch-size 16 --batch-length 64 --learning-rate 4e-5 --warmup 1000 --ent-coef 3e-4. The defaults are for
 the smallest size on two cores: many updates on small batches, with a larger step size, which a small model needs; and a
-larger entropy bonus, as its actor gave up exploring before it had a world to act in. With a GPU take a larger size, as
-in the third command below: larger batches cost it little, and wider layers need a smaller step size.
+larger entropy bonus, as its actor gave up exploring before it had a world to act in. With a GPU take a larger size and
+larger batches, as in the third command below; its step size is a quarter because its layers are four times as wide.
 
 What is still wrong: more parts than all other rungs together, far more computing per step, and whatever the model gets
 wrong is believed by the actor until real play corrects it.
