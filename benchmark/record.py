@@ -221,7 +221,7 @@ def replayed_more(every: int = 5_000) -> str:
     return "\n".join(lines)
 
 
-def smaller_batches(every: int = 5_000) -> str:
+def smaller_batches(every: int = 10_000) -> str:
     """DreamerV3 on Mario with batches of 4 x 16 and of 8 x 32, beside PPO: the last 100 episodes of training; what
     stands between slashes is one seed each."""
     pairs = ("dreamerv3__{}__4x16_stopped", "dreamerv3__{}", "ppo__{}")

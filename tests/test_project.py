@@ -492,9 +492,18 @@ def test_what_is_said_of_smaller_batches_is_what_was_recorded():
     ends, x = [rows[-1] for rows in small], [far(rows) for rows in small]
     first, second = (f"{mario}{seed}" for seed in (1, 2))
     names = first, second, "SuperMarioBros-1-1-v0__ppo__1", "SuperMarioBros-1-1-v0__ppo__2"
-    others = [first_as_far(rows_of(name), x[0]) for name in names]
-    times = [f"{other['global_step'] / ends[0]['global_step']:.1f}" for other in others]
-    minutes = [f"{other['time'] / 60:.0f}" for other in others]
+    flags = [sum(row.get("charts/flag", 0) for row in rows) for rows in small]
+    with pytest.raises(StopIteration):  # "never came as far"
+        first_as_far(rows_of(first), x[0])
+    others = [[first_as_far(rows_of(name), mean) for name in some] for some, mean in ((names[1:], x[0]), (names, x[1]))]
+    steps = [
+        [f"{other['global_step'] / end['global_step']:.1f}" for other in some]
+        for some, end in zip(others, ends, strict=True)
+    ]
+    minutes = [[f"{other['time'] / 60:.0f}" for other in some[-2:]] for some in others]
+    evaluated = [[f"{row['eval/x_pos_mean']:,.0f}" for row in rows if "eval/x_pos_mean" in row] for rows in small]
+    at_last = [[row["eval/flag_mean"] * 20 for row in rows if "eval/flag_mean" in row][-1] for rows in small]
+    assert flags == [1, 0] and at_last == [1, 1]
     faster, undecided, both = (
         f"{mario}1__{name}_stopped" for name in ("lr5e-4", "lr1e-3_entropy", "4x16_lr1e-3_entropy")
     )
@@ -502,12 +511,17 @@ def test_what_is_said_of_smaller_batches_is_what_was_recorded():
     mean = [f"{far(rows_of(both), step):.0f}" for step in (10_000, 15_000)]
     prose = " ".join(PAGES.split())
     for sentence in (
-        f"seed 1 had come to a mean x of {x[0]:,.0f} when it was stopped, at step {ends[0]['global_step']:,}, after "
-        f"{ends[0]['time'] / 60:.0f} minutes on one core. With the flags above it took {times[0]} and {times[1]} times "
-        f"as many steps to come as far, and {minutes[0]} and {minutes[1]} minutes, PPO {times[2]} and {times[3]} times "
-        f"as many, and {minutes[2]} and {minutes[3]} minutes. Seed 2 was stopped at step {ends[1]['global_step']:,}, "
-        f"with a mean x of {x[1]:,.0f}: no better than before, though its last 50 episodes came to "
-        f"{record.latest(small[1], 'charts/x_pos', 1e9, 50):.0f}.",
+        f"seed 1 at step {ends[0]['global_step']:,} with a mean x of {x[0]:,.0f} and one flag so far, seed 2 at step "
+        f"{ends[1]['global_step']:,} with {x[1]:,.0f} and none, after {ends[0]['time'] / 60:.0f} and "
+        f"{ends[1]['time'] / 60:.0f} minutes on one core. With the flags above seed 1 never came as far as that seed "
+        f"1, seed 2 did after {steps[0][0]} times as many steps; as far as seed 2 here they came after {steps[1][0]} "
+        f"and {steps[1][1]} times as many. PPO needed {steps[0][1]} and {steps[0][2]} times as many steps as seed 1 and "
+        f"{steps[1][2]} and {steps[1][3]} times as many as seed 2, but only {' and '.join(minutes[0])}, "
+        f"{' and '.join(minutes[1])} minutes.",
+        f"it was **{steps[0][1]} and {steps[0][2]} times** as many for what DreamerV3's seed 1 had come to when it was "
+        f"stopped, **{steps[1][2]} and {steps[1][3]} times** for its seed 2.",
+        f"seed 1 x {', '.join(evaluated[0][:-1])} and {evaluated[0][-1]}, seed 2 {', '.join(evaluated[1][:-1])} and "
+        f"{evaluated[1][-1]};",
         f"seed 1's is {record.latest(small[0], 'losses/image', 5000):.1f} after 4,700 updates (before: "
         f"{loss(first, 20_000):.1f} after 4,800), {record.latest(small[0], 'losses/image', 10_000):.1f} after 9,700 "
         f"({loss(first, 40_000):.1f} after 9,800).",
@@ -634,9 +648,11 @@ def test_figures_in_the_docstrings_are_what_was_recorded():
     small = [record.load(record.RESULTS / f"SuperMarioBros-1-1-v0__dreamerv3__{n}__4x16_stopped")[1] for n in "12"]
     x = [f"{record.latest(rows, 'charts/x_pos', 1e9, 100):,.0f}" for rows in small]
     ends = [rows[-1]["global_step"] for rows in small]
-    text = f"at steps {ends[0]:,} (after {small[0][-1]['time'] / 60:.0f} minutes on one core) and {ends[1]:,}: "
-    text += f"mean x = {x[0]} and {x[1]}, no flag."
-    assert text in doc and not any(row.get("charts/flag") for rows in small for row in rows), text
+    minutes = [f"{rows[-1]['time'] / 60:.0f}" for rows in small]
+    flags = [sum(row.get("charts/flag", 0) for row in rows) for rows in small]
+    text = f"at steps {ends[0]:,} and {ends[1]:,} (after {minutes[0]} and {minutes[1]} minutes on one core): mean x = "
+    text += f"{x[0]} and {x[1]}, {flags[0]} and {flags[1]} flags in all."
+    assert text in doc, text
 
 
 def test_returns_of_sb3_on_lunar_lander_are_what_was_recorded():
