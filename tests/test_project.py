@@ -509,8 +509,14 @@ def test_what_is_said_of_smaller_batches_is_what_was_recorded():
     )
     ball = "catch-Catch-v0__dreamerv3__1__{}lr1e-3_stopped"
     mean = [f"{far(rows_of(both), step):.0f}" for step in (10_000, 15_000)]
+    printed = json.loads((record.RESULTS / "evaluations.json").read_text())["--eval-episodes 100 --seed 123"]
+    lines = [printed[f"{mario}{seed}__4x16_stopped/checkpoint.pt"] for seed in (1, 2)]
+    played = [[int(n) for n in re.search(r"flag (\d+)%, x (\d+) \+- (\d+)", line).groups()] for line in lines]
+    assert [reached for reached, *_ in played] == [1, 0]
+    played = " and ".join(f"{mean:,} ± {spread}" for _, mean, spread in played)
     prose = " ".join(PAGES.split())
     for sentence in (
+        f"mean x {played}, one flag and none:",
         f"seed 1 at step {ends[0]['global_step']:,} with a mean x of {x[0]:,.0f} and one flag so far, seed 2 at step "
         f"{ends[1]['global_step']:,} with {x[1]:,.0f} and none, after {ends[0]['time'] / 60:.0f} and "
         f"{ends[1]['time'] / 60:.0f} minutes on one core. With the flags above seed 1 never came as far as that seed "
