@@ -235,6 +235,13 @@ def first_as_far(rows, mean):
     return episodes[next(far) - 1]
 
 
+def first_with_flags(rows, count):
+    """The episode with which so many of the last 100 had reached the flag."""
+    episodes = [row for row in rows if "charts/flag" in row]
+    flags = [episode["charts/flag"] for episode in episodes]
+    return next(e for i, e in enumerate(episodes) if sum(flags[max(0, i - 99) : i + 1]) >= count)
+
+
 def test_figures_in_the_prose_are_what_was_recorded():
     sys.path.append(str(ROOT / "benchmark"))
     import record
@@ -249,10 +256,8 @@ def test_figures_in_the_prose_are_what_was_recorded():
     def came_as_far(name, mean):
         return first_as_far(run(name)[1], mean)
 
-    def with_flags(name, count):  # the episode with which so many of the last 100 had reached the flag
-        episodes, _ = run(name)
-        flags = [episode["charts/flag"] for episode in episodes]
-        return next(e for i, e in enumerate(episodes) if sum(flags[max(0, i - 99) : i + 1]) >= count)
+    def with_flags(name, count):
+        return first_with_flags(run(name)[1], count)
 
     prose = " ".join(PAGES.split())
     first, halves, often = ([with_flags(f"ppo__{seed}", count) for seed in "12"] for count in (1, 50, 95))
@@ -574,9 +579,7 @@ def test_what_is_said_of_training_on_a_gpu_is_what_was_recorded():
     line = printed["SuperMarioBros-1-1-v0__dreamerv3__1__12m_gpu_stopped/checkpoint.pt"]
     reached, far, spread = map(int, re.search(r"flag (\d+)%, x (\d+) \+- (\d+)", line).groups())
     played = [first_as_far(rows, far)["global_step"] / 34_850 for rows in plays]
-    found = [row["charts/flag"] for row in beside if "charts/flag" in row]
-    half = [row for row in beside if "charts/flag" in row]
-    half = half[next(i for i in range(100, len(half) + 1) if sum(found[i - 100 : i]) >= 50) - 1]
+    half = first_with_flags(beside, 50)
     images = record.latest(dream, "losses/image", 1e9), record.latest(small, "losses/image", end["global_step"])
     assert beside[-1]["eval/episodes"] == 20 and len(flags(dream)[0]) == 3
     for sentence in (
