@@ -524,9 +524,10 @@ def test_what_is_said_of_smaller_batches_is_what_was_recorded():
         f"mean x {played}, one flag and none:",
         f"seed 1 at step {ends[0]['global_step']:,} with a mean x of {x[0]:,.0f} and one flag so far, seed 2 at step "
         f"{ends[1]['global_step']:,} with {x[1]:,.0f} and none, after {ends[0]['time'] / 60:.0f} and "
-        f"{ends[1]['time'] / 60:.0f} minutes on one core. With the flags above seed 1 never came as far as that seed "
-        f"1, seed 2 did after {steps[0][0]} times as many steps; as far as seed 2 here they came after {steps[1][0]} "
-        f"and {steps[1][1]} times as many. PPO needed {steps[0][1]} and {steps[0][2]} times as many steps as seed 1 "
+        f"{ends[1]['time'] / 60:.0f} minutes on one core. With the flags above seed 1 never came as far as seed 1 did "
+        f"here, seed 2 came so far after {steps[0][0]} times as many steps; as far as seed 2 here they came "
+        f"after {steps[1][0]} and {steps[1][1]} times as many. "
+        f"PPO needed {steps[0][1]} and {steps[0][2]} times as many steps as seed 1 "
         f"and {steps[1][2]} and {steps[1][3]} times as many as seed 2, but only {' and '.join(minutes[0])}, "
         f"{' and '.join(minutes[1])} minutes.",
         f"it was **{steps[0][1]} and {steps[0][2]} times** as many for what DreamerV3's seed 1 had come to when it was "
