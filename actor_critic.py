@@ -181,15 +181,16 @@ def parse() -> tuple[Args, dict]:
 
 
 class Frames(gym.Wrapper):
-    """Images much as Mnih et al. (2015) feed them: one action lasts 4 frames, every 4th frame is shrunk to 84 x 84 grey
-    pixels, the latest 4 of those are the observation. It is overwritten by the next step: copy what you keep. (Theirs
-    is the maximum of two frames, as some Atari games draw things on every other one only.)"""
+    """Images as Mnih et al. (2015) feed them: one action lasts 4 frames, every 4th frame is shrunk to 84 x 84 grey
+    pixels, the latest 4 of those are the observation. It is overwritten by the next step: copy what you keep. Atari
+    games draw some things on every other frame only; of theirs it is the maximum of the 3rd and the 4th."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
         self.observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
         self.metadata = env.metadata | {"render_fps": (env.metadata.get("render_fps") or 60) / 4}
         self.frames = np.zeros((4, 84, 84), np.uint8)
+        self.flickers = type(env.unwrapped).__name__ == "AtariEnv"
 
     def shrink(self, image: np.ndarray) -> np.ndarray:
         if isinstance(self.unwrapped, NESEnv) and image is self.unwrapped.screen:  # 8 times faster than OpenCV's grey
@@ -204,12 +205,15 @@ class Frames(gym.Wrapper):
         return self.frames, info
 
     def step(self, action):
-        total = 0.0
+        total, image = 0.0, None
         for _ in range(4):
+            before = image
             image, reward, terminated, truncated, info = self.env.step(action)
             total += reward
             if terminated or truncated:
                 break
+        if self.flickers and before is not None:
+            image = np.maximum(before, image)
         self.frames[:-1] = self.frames[1:]
         self.frames[-1] = self.shrink(image)
         return self.frames, total, terminated, truncated, info

@@ -274,7 +274,8 @@ def is_image(space: gym.Space) -> bool:
 class Senses(gym.Wrapper):
     """Any environment as a world model meets it. What it observes is {"image": 64 x 64 pixels, all image keys of a Dict
     as channels; "vector": all else as floats}, or one of them; what it is told is a vector: one-hot for a
-    Discrete space, from -1 to 1 for the bounds of a Box. With images an action lasts 4 frames."""
+    Discrete space, from -1 to 1 for the bounds of a Box. With images an action lasts 4 frames, of which it sees the
+    last; of Atari the maximum of the last two, as some games draw things on every other frame only."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
@@ -282,7 +283,7 @@ class Senses(gym.Wrapper):
         self.spaces = dict(spaces.items()) if isinstance(spaces, gym.spaces.Dict) else {"": spaces}
         self.images = sorted(key for key, space in self.spaces.items() if is_image(space))
         self.vectors = gym.spaces.Dict({k: space for k, space in self.spaces.items() if k not in self.images})
-        self.repeat = 4 if self.images else 1
+        self.repeat, self.flickers = 4 if self.images else 1, type(env.unwrapped).__name__ == "AtariEnv"
         self.metadata = env.metadata | {"render_fps": (env.metadata.get("render_fps") or 60) / self.repeat}
         senses = {}
         if self.images:
@@ -315,7 +316,7 @@ class Senses(gym.Wrapper):
         return self.sense(obs), info
 
     def step(self, action):
-        space, total = self.env.action_space, 0.0
+        space, total, obs = self.env.action_space, 0.0, None
         if self.discrete:
             action = int(np.argmax(action)) + int(space.start)
         else:
@@ -323,10 +324,13 @@ class Senses(gym.Wrapper):
             action = self.low + (action + 1) / 2 * (self.high - self.low)
             action = np.clip(action, space.low, space.high).astype(space.dtype)  # rounding can lead out, too
         for _ in range(self.repeat):
+            before = obs
             obs, reward, terminated, truncated, info = self.env.step(action)
             total += float(reward)
             if terminated or truncated:
                 break
+        if self.flickers and before is not None:
+            obs = np.maximum(before, obs)
         return self.sense(obs), total, terminated, truncated, info
 
 

@@ -124,13 +124,20 @@ class CutScreen(Screen):
 
 
 class AtariEnv(Screen):
-    """Repeats actions itself, as ale_py's environments do unless told not to; with "ram" it shows no images."""
+    """Repeats actions itself, as ale_py's environments do unless told not to; with "ram" it shows no images. On odd
+    frames, which the 4th never is, there is something on the right."""
 
     def __init__(self, frameskip=4, obs_type="rgb"):
         super().__init__()
         self.frameskip = frameskip
         if obs_type == "ram":
             self.observation_space = gym.spaces.Box(0, 255, (128,), np.uint8)
+
+    def step(self, action):
+        image, *rest = super().step(action)
+        image = image.copy()
+        image[:, 48:] = 200 * (image[:, 48:] % 2)
+        return image, *rest
 
 
 class TwoLengths(gym.Env):

@@ -442,6 +442,18 @@ def test_no_action_is_repeated_twice(script):
     assert script.make_env("probes:Atari-ram-v0").unwrapped.frameskip == 4
 
 
+def test_what_atari_draws_on_every_other_frame_is_seen(script):
+    env, images = script.make_env("probes:Atari-v0"), []
+    env.reset()
+    for _ in range(15):
+        action = 0 if script.SCRIPT != "dreamerv3" else np.eye(2)[0]
+        obs, *_ = env.step(action)
+        images.append(obs["image"][..., 0].copy() if script.SCRIPT == "dreamerv3" else obs[-1].copy())
+    width = images[0].shape[1]
+    assert [int(image[:, : width // 2].max()) for image in images] == [*range(4, 57, 4), 58]
+    assert all((image[:, -width // 4 :] == 200).all() for image in images)
+
+
 def test_mario_is_grey_small_and_has_seven_actions(ppo):
     envs = ppo.Envs("SuperMarioBros-1-1-v0", 2)
     envs.reset(1)
