@@ -43,7 +43,7 @@ RUNGS = [
     ),
     Rung(
         "ppo", "dreamerv3", "a world model, and dreams to learn from",
-        "Args check make_env Envs Agent update evaluate set_up main", 859,
+        "Args check make_env Envs Agent update evaluate set_up main", 864,
     ),
 ]  # fmt: skip
 
