@@ -84,17 +84,16 @@ wrong is believed by the actor until real play corrects it.
         --warmup 1000 --total-timesteps 200000 --eval-every 0
     uv run dreamerv3.py --evaluate runs/<run> --eval-episodes 100 --capture-video
 
-Measured on 2 x86-64 cores without a GPU (flags, commits and curves in benchmark/results), size 1m: CartPole-v1, seeds 1
-to 3, 20,000 steps: the best checkpoints return 500 over 100 episodes, the last ones 500, 500 and 194, as evaluations
-rise and fall on the way. Pendulum-v1, seed 1: -149 after 20,000 steps. Super Mario Bros 1-1, seeds 1 and 2, with
---batch-size 8 --batch-length 32 --learning-rate 2e-4 --ent-coef 3e-4, to steps 120,296 and 240,455: mean x = 1,656 and
-2,023 over the last 100 episodes, 1 and 20 flags in all; until steps 70,000 and 40,000 they had been hardly above random
-buttons (727). With the defaults, stopped early, at steps 81,058 and 60,795 (after 232 and 177 minutes on one core):
-mean x = 1,880 and 1,536, 1 and 0 flags in all. A ball of 16 pixels (benchmark/catch.py) begins to be drawn after 4,900
-and 6,400 updates (two seeds); then every one is caught. Size 12m with the third command on an H200, seed 1, stopped at
-step 34,850 after 8.6 minutes: mean x = 1,600 over the last 100 episodes, 3 flags in all; the last checkpoint reached
-the flag in 21 of 100 episodes. PPO needs 5.1 and 4.7 times as many steps for such a mean x (two seeds), but fewer
-minutes. Batches of 16 x 64 on an H100: size 12m makes 47 updates/s, 200m up to 12.
+Measured on 2 x86-64 cores without a GPU (flags, commits and curves in benchmark/results), size 1m: Super Mario Bros
+1-1, 100,000 steps, seeds 1 and 2 (283 and 280 minutes, one core each): mean x = 2,052 and 2,026 over the last 100
+episodes, 3 and 6 flags in all. PPO needs 2.4 and 2.1 times as many steps to come as far as seed 1, 2.4 and 2.1 times as
+many as seed 2 (two seeds), but a tenth of the minutes. CartPole-v1, seeds 1 to 3, 20,000 steps: the best checkpoints
+return 500 over 100 episodes, the last ones 500, 500 and 194, as evaluations rise and fall on the way. Pendulum-v1, seed
+1: -149 after 20,000 steps. A ball of 16 pixels (benchmark/catch.py) begins to be drawn after 4,900 and 6,400 updates
+(two seeds); then every one is caught. Size 12m with the third command on an H200, seed 1, stopped at step 34,850 after
+8.6 minutes: mean x = 1,600 over the last 100 episodes, 3 flags in all; the last checkpoint reached the flag in 21 of
+100 episodes. PPO needs 5.1 and 4.7 times as many steps for such a mean x (two seeds), but fewer minutes. Batches of 16
+x 64 on an H100: size 12m makes 47 updates/s, 200m up to 12.
 
 Hafner, Pasukonis, Ba, Lillicrap 2025, doi 10.1038/s41586-025-08744-2 and arXiv 2301.04104 (DreamerV3), as the authors'
 later code has it, but for 1 % of uniform policy, which that code leaves out (--actor-unimix 0), and for discrete

@@ -26,16 +26,13 @@ ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "images"
 MARIO = "SuperMarioBros-1-1-v0"
 COLOURS = dict(zip(LADDER, ["#999999", "#CC79A7", "#D55E00", "#E69F00", "#009E73", "#0072B2", "#56B4E9"], strict=True))
-FIRST, SECOND, MORE, NEAR = "dreamerv3, seed 1", "dreamerv3, seed 2", "train ratio 256", "gamma 0.9, entropy x 10"
-SMALL, LARGE = "batches of 4 x 16, 2 seeds", "size 12m, on a GPU"
-COLOURS |= {FIRST: COLOURS["dreamerv3"], SECOND: "#009E73", MORE: "#D55E00", NEAR: "#CC79A7", SMALL: "#E69F00"}
-COLOURS |= {LARGE: "#8C564B"}
-TRIALS = (
-    "1__ratio256_stopped",
-    "1__gamma0.9_entropy_stopped",
-    "1__12m_gpu_stopped",
-    *(f"{n}__4x16_stopped" for n in "12"),
-)
+TRIALS = {  # what the figure of DreamerV3 beside PPO shows beside the default flags
+    "batches of 8 x 32, 2 seeds": ("#009E73", "1__8x32_stopped", "2__8x32_stopped"),
+    "8 x 32, train ratio 256": ("#D55E00", "1__ratio256_stopped"),
+    "8 x 32, gamma 0.9": ("#CC79A7", "1__gamma0.9_entropy_stopped"),
+    "size 12m, on a GPU": ("#8C564B", "1__12m_gpu_stopped"),
+}
+COLOURS |= {name: colour for name, (colour, *_) in TRIALS.items()}
 LABELS = {script: script.replace("_", " + ") if "baseline" in script else script for script in LADDER}
 UNLIKE = "seed run_dir resume num_threads eval_episodes eval_every save_every log_every capture_video track".split()
 UNLIKE += "wandb_project_name wandb_entity versions device commit".split()
@@ -134,14 +131,14 @@ def mario_ppo(mode: str):
 def efficiency(mode: str):
     """PPO beside DreamerV3, by steps and by minutes."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(6.5, 3.4), sharey=True)
-    dreams = recorded(MARIO, "dreamerv3")
-    end = max(rows[-1]["global_step"] for rows in dreams)
-    minutes = max(rows[-1]["time"] for rows in dreams)
-    more, near, large, *small = ([load(RESULTS / f"{MARIO}__dreamerv3__{run}")[1]] for run in TRIALS)
-    lines = [("ppo", recorded(MARIO, "ppo")), (FIRST, dreams[:1]), (SECOND, dreams[1:]), (MORE, more), (NEAR, near)]
-    for script, runs in [*lines, *((SMALL, runs) for runs in small), (LARGE, large)]:
-        draw(left, runs, "charts/x_pos", np.linspace(1_000, end, 150), script, window=50)
-        draw(right, runs, "charts/x_pos", np.linspace(60, minutes, 150), script, "time", window=50)
+    lines = [(script, recorded(MARIO, script)) for script in ("ppo", "dreamerv3")]
+    for name, (_, *runs) in TRIALS.items():  # a line for each run
+        lines += [(name, [load(RESULTS / f"{MARIO}__dreamerv3__{run}")[1]]) for run in runs]
+    dreams = [rows for name, runs in lines[1:] for rows in runs]
+    end, minutes = (max(rows[-1][key] for rows in dreams) for key in ("global_step", "time"))
+    for name, runs in lines:
+        draw(left, runs, "charts/x_pos", np.linspace(1_000, end, 150), name, window=50)
+        draw(right, runs, "charts/x_pos", np.linspace(60, minutes, 150), name, "time", window=50)
     left.set(xlabel="agent steps", ylabel="mean x, last 50 episodes", ylim=(0, 3300))
     by_chance(left, right, at=0.6)
     right.set(xlabel="minutes of the runs' own clocks")

@@ -184,31 +184,49 @@ def latest(rows: list[dict], key: str, step: int, count: int = 1) -> float:
     return statistics.mean([row[key] for row in rows if key in row and row["global_step"] <= step][-count:])
 
 
-def dreams_of_mario(every: int = 20_000) -> str:
-    """DreamerV3 on Mario beside PPO: what its model misses of the picture, how far the last 100 episodes of training
-    came, how many have reached the flag so far; what stands between slashes is one seed each."""
-    runs = [load(RESULTS / f"{MARIO}__{run}") for run in ("dreamerv3__1", "dreamerv3__2", "ppo__1", "ppo__2")]
-    lines = ["| agent steps | updates | image loss, seed 1 / 2 | mean x | of PPO | flags | of PPO | minutes | of PPO |"]
-    lines += ["|---" * 9 + "|"]
-    ends = [rows[-1]["global_step"] + every // 20 for _, rows in runs]
-    for step in range(every, max(ends[:2]), every):
-        images, others = [], []
-        for (config, rows), end in zip(runs, ends, strict=True):
-            over, flags = step >= end, sum(row.get("charts/flag", 0) for row in rows if row["global_step"] <= step)
-            if config["script"] == "dreamerv3":
-                images.append("-" if over else f"{latest(rows, 'losses/image', step):.1f}")
-            x, minutes = latest(rows, "charts/x_pos", step, 100), latest(rows, "time", step) / 60
-            others.append(["-"] * 3 if over else [f"{x:,.0f}", f"{flags}", f"{minutes:.0f}"])
-        figures = [f"{step:,}", updates(runs[0][0], step), " / ".join(images)]
-        for column in zip(*others, strict=True):
-            figures += [" / ".join(column[:2]), " / ".join(column[2:])]
-        lines.append(f"| {' | '.join(figures)} |")
+def so_far(config: dict, rows: list[dict], step: int, slack: int) -> dict[str, str]:
+    """What a run on Mario had shown by then; dashes where it had been over for longer than `slack` steps."""
+    if step >= rows[-1]["global_step"] + slack:
+        return dict.fromkeys(("image", "x", "flags", "minutes"), "-")
+    flags = sum(row.get("charts/flag", 0) for row in rows if row["global_step"] <= step)
+    x, minutes = latest(rows, "charts/x_pos", step, 100), latest(rows, "time", step) / 60
+    image = f"{latest(rows, 'losses/image', step):.1f}" if config["script"] == "dreamerv3" else ""
+    return {"image": image, "x": f"{x:,.0f}", "flags": f"{flags}", "minutes": f"{minutes:.0f}"}
+
+
+def seeds_beside(heads: list[str], groups: list[str], columns: list[tuple[str, int]], every: int) -> str:
+    """A table of runs on Mario, as far as those of the first group go: what stands between slashes is one seed each.
+    A column is the name of a figure and the number of its group."""
+    runs = [[load(RESULTS / f"{MARIO}__{name.format(seed)}") for seed in (1, 2)] for name in groups]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for step in range(every, max(rows[-1]["global_step"] for _, rows in runs[0]) + every // 20, every):
+        shown = [[so_far(*run, step, every // 20) for run in group] for group in runs]
+        cells = [" / ".join(seed[name] for seed in shown[group]) for name, group in columns]
+        lines.append(f"| {step:,} | {updates(runs[0][0][0], step)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def dreams_of_mario() -> str:
+    """DreamerV3 on Mario, default flags, beside PPO: what its model misses of the picture, how far the last 100
+    episodes of training came, how many have reached the flag so far."""
+    heads = "agent steps|updates|image loss, seed 1 / 2|mean x|of PPO|flags|of PPO|minutes|of PPO".split("|")
+    columns = [("image", 0), *((name, group) for name in ("x", "flags", "minutes") for group in (0, 1))]
+    return seeds_beside(heads, ["dreamerv3__{}", "ppo__{}"], columns, 10_000)
+
+
+def larger_batches() -> str:
+    """DreamerV3 on Mario with batches of 8 x 32, beside the default flags and PPO."""
+    heads = "agent steps|updates|image loss, seed 1 / 2|by default|mean x|by default|of PPO|flags|by default|of PPO"
+    columns = [("image", 0), ("image", 1), *((name, group) for name in ("x", "flags") for group in (0, 1, 2))]
+    columns += [("minutes", 0), ("minutes", 1)]
+    names = ["dreamerv3__{}__8x32_stopped", "dreamerv3__{}", "ppo__{}"]
+    return seeds_beside([*heads.split("|"), "minutes", "by default"], names, columns, 20_000)
+
+
 def replayed_more(every: int = 5_000) -> str:
-    """DreamerV3 on Mario with each step replayed 256 and 64 times, beside PPO: the last 100 episodes of training."""
-    names = "dreamerv3__1__ratio256_stopped", "dreamerv3__1", "ppo__1", "ppo__2"
+    """DreamerV3 on Mario, batches of 8 x 32, each step replayed 256 and 64 times, beside PPO: the last 100 episodes of
+    training."""
+    names = "dreamerv3__1__ratio256_stopped", "dreamerv3__1__8x32_stopped", "ppo__1", "ppo__2"
     configs, runs = zip(*(load(RESULTS / f"{MARIO}__{name}") for name in names), strict=True)
     heads = "agent steps|updates|at ratio 64|image loss|at ratio 64|mean x|at ratio 64|of PPO|minutes|at ratio 64"
     lines = [f"| {heads.replace('|', ' | ')} |", "|---" * 10 + "|"]
@@ -221,32 +239,10 @@ def replayed_more(every: int = 5_000) -> str:
     return "\n".join(lines)
 
 
-def smaller_batches(every: int = 10_000) -> str:
-    """DreamerV3 on Mario with batches of 4 x 16 and of 8 x 32, beside PPO: the last 100 episodes of training; what
-    stands between slashes is one seed each."""
-    pairs = ("dreamerv3__{}__4x16_stopped", "dreamerv3__{}", "ppo__{}")
-    small, large, plays = [[load(RESULTS / f"{MARIO}__{name.format(seed)}") for seed in (1, 2)] for name in pairs]
-    heads = "agent steps|updates|8 x 32|image loss, seed 1 / 2|8 x 32|mean x|8 x 32|of PPO|minutes|8 x 32"
-    lines = [f"| {heads.replace('|', ' | ')} |", "|---" * 10 + "|"]
-
-    def cell(runs, key, step, count=1, form=",.0f", unit=1):
-        over = [step > rows[-1]["global_step"] for _, rows in runs]
-        figures = (latest(rows, key, step, count) / unit for _, rows in runs)
-        return " / ".join("-" if o else format(f, form) for o, f in zip(over, figures, strict=True))
-
-    for step in range(every, max(rows[-1]["global_step"] for _, rows in small) + 1, every):
-        figures = [f"{step:,}", *(updates(runs[0][0], step) for runs in (small, large))]
-        figures += [cell(runs, "losses/image", step, form=".1f") for runs in (small, large)]
-        figures += [cell(runs, "charts/x_pos", step, 100) for runs in (small, large, plays)]
-        figures += [cell(runs, "time", step, unit=60) for runs in (small, large)]
-        lines.append(f"| {' | '.join(figures)} |")
-    return "\n".join(lines)
-
-
 def larger_model(every: int = 5_000) -> str:
     """DreamerV3 of size 12m on Mario, on a GPU, beside the smallest size and PPO on two cores and PPO on the same
     machine: the last 100 episodes of training; what stands between slashes is one seed each."""
-    names = "dreamerv3__1__12m_gpu_stopped", "dreamerv3__1__4x16_stopped", "dreamerv3__2__4x16_stopped"
+    names = "dreamerv3__1__12m_gpu_stopped", "dreamerv3__1", "dreamerv3__2"
     names += "ppo__1", "ppo__2", "ppo__1__300k_gpu"
     configs, runs = zip(*(load(RESULTS / f"{MARIO}__{name}") for name in names), strict=True)
     heads = (
@@ -265,9 +261,10 @@ def larger_model(every: int = 5_000) -> str:
 
 
 def nearer_view(every: int = 10_000) -> str:
-    """DreamerV3 on Mario with PPO's discount and a larger entropy bonus, beside its own discount and PPO: the last 100
-    episodes of training; what stands between slashes is one seed each."""
-    names = "dreamerv3__1__gamma0.9_entropy_stopped", "dreamerv3__1", "dreamerv3__2", "ppo__1", "ppo__2"
+    """DreamerV3 on Mario with PPO's discount and a larger entropy bonus, batches of 8 x 32, beside its own discount and
+    PPO: the last 100 episodes of training; what stands between slashes is one seed each."""
+    names = "dreamerv3__1__gamma0.9_entropy_stopped", "dreamerv3__1__8x32_stopped", "dreamerv3__2__8x32_stopped"
+    names += "ppo__1", "ppo__2"
     runs = [load(RESULTS / f"{MARIO}__{name}")[1] for name in names]
     heads = "agent steps|mean x|with 0.997, seed 1 / 2|of PPO|entropy|with 0.997"
     lines = [f"| {heads.replace('|', ' | ')} |", "|---" * 6 + "|"]
@@ -324,7 +321,7 @@ def tables() -> dict[str, str]:
     ppo = [path for path in folders if path.name.startswith(f"{MARIO}__ppo")]
     found |= {"Mario, PPO": mario_table(ppo), "Cartpole swing-up, DreamerV3": control_table()}
     found |= {"Mario, DreamerV3 beside PPO": dreams_of_mario(), "Mario, more replay": replayed_more()}
-    found |= {"Mario, smaller batches": smaller_batches(), "Mario, a larger model": larger_model()}
+    found |= {"Mario, larger batches": larger_batches(), "Mario, a larger model": larger_model()}
     found |= {"Mario, a nearer view": nearer_view(), "Mario, PPO's choices": choices_table()}
     return found | {"Catch": catch_table()}
 
