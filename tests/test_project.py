@@ -227,6 +227,10 @@ def test_the_gpu_speeds_of_the_readme_are_what_was_measured():
         assert README.count(row) == 1, row
 
 
+def listed(figures):
+    return ", ".join(figures[:-1]) + " and " + figures[-1]
+
+
 def first_as_far(rows, mean):
     """The episode with which the mean x of the last 100 did."""
     episodes = [row for row in rows if "charts/x_pos" in row]
@@ -450,7 +454,7 @@ def test_figures_beside_the_tables_are_what_was_recorded():
     tens = {seed: ", ".join(evaluated(f"CartPole-v1__dreamerv3__{seed}__observations_x10")) for seed in "13"}
     ones = {seed: ", ".join(evaluated(f"CartPole-v1__dreamerv3__{seed}")) for seed in "13"}
     small = [evaluated(f"CartPole-v1__dreamerv3__{seed}__4x16") for seed in "12"]
-    small = [f"seed {n + 1}: {', '.join(means[:-1])} and {means[-1]}" for n, means in enumerate(small)]
+    small = [f"seed {n + 1}: {listed(means)}" for n, means in enumerate(small)]
     control = record.load(record.RESULTS / "dmc-cartpole-swingup-v0__dreamerv3__1__lr1.6e-4_stopped")[1]
     late = [row["charts/episodic_return"] for row in control if "charts/episodic_return" in row]
     late = late[-sum(2 * row["global_step"] > 30_000 for row in control if "charts/episodic_return" in row) :]
@@ -487,9 +491,6 @@ def test_what_is_said_of_the_size_of_batches_is_what_was_recorded():
 
     def far(rows, step=1e9):
         return record.latest(rows, "charts/x_pos", step, 100)
-
-    def listed(figures):
-        return ", ".join(figures[:-1]) + " and " + figures[-1]
 
     mario = "SuperMarioBros-1-1-v0__dreamerv3__"
     runs = [rows_of(f"{mario}{seed}") for seed in (1, 2)]
@@ -614,8 +615,8 @@ def test_figures_in_the_docstrings_are_what_was_recorded():
     sys.path.append(str(ROOT / "benchmark"))
     import record
 
-    def listed(figures):
-        return figures[0] if len(set(figures)) == 1 else ", ".join(figures[:-1]) + " and " + figures[-1]
+    def once(figures):
+        return figures[0] if len(set(figures)) == 1 else listed(figures)
 
     for name in SCRIPTS[:-1]:
         doc = " ".join(__import__(name).__doc__.split())
@@ -624,7 +625,7 @@ def test_figures_in_the_docstrings_are_what_was_recorded():
             rows = [[row for row in record.load(run)[1] if "eval/return_mean" in row][-1] for run in runs]
             if runs and env in doc:
                 assert {row["eval/episodes"] for row in rows} == {100}
-                returns = listed([f"{row['eval/return_mean']:.0f}" for row in rows])
+                returns = once([f"{row['eval/return_mean']:.0f}" for row in rows])
                 said = rf"{env} (returns )?{returns}[ ,].*for seeds 1 to {len(runs)}"
                 assert re.search(said, doc), (name, said)
         mario = [record.load(run)[1] for run in sorted(record.RESULTS.glob(f"SuperMarioBros-1-1-v0__{name}__?"))]
@@ -636,8 +637,8 @@ def test_figures_in_the_docstrings_are_what_was_recorded():
             assert text in doc, text
             continue
         episodes = [[row for row in rows if "charts/flag" in row and row["global_step"] <= 3e5] for rows in mario]
-        x = listed([f"{statistics.mean(row['charts/x_pos'] for row in run[-100:]):,.0f}" for run in episodes])
-        flags = listed([str(sum(row["charts/flag"] for row in run)) for run in episodes])
+        x = once([f"{statistics.mean(row['charts/x_pos'] for row in run[-100:]):,.0f}" for run in episodes])
+        flags = once([str(sum(row["charts/flag"] for row in run)) for run in episodes])
         seeds = "seed 1" if len(mario) == 1 else "seeds 1 and 2"
         text = f"Super Mario Bros 1-1, {seeds}, 300,000 steps: mean x = {x} over the last 100 episodes, {flags} flags"
         assert f"{text} in all" in doc, (name, text)
